@@ -1,0 +1,82 @@
+//! What a vCPU asks of the world around it: the machine's [`Bus`] (shared by all vCPUs, implemented by the machine) and
+//! its [`Env`] (one per vCPU, implemented by the engine).
+
+/// What a write to the bus came to, for the vCPU that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BusOutcome {
+    /// Done; go on.
+    Done,
+    /// Done, and the machine is now stopping (power-off, reset, debug exit): leave the run loop promptly.
+    Stopping,
+}
+
+/// The machine as one vCPU sees it: port I/O, MMIO outside RAM, the interrupt controllers, the local APIC.
+///
+/// Addresses are guest-physical, sizes are `data.len()` (1, 2, 4 or 8 bytes). Reads that nothing answers give all ones; writes that
+/// nothing answers are dropped, as on a PC. All methods take `&self`: the machine locks what it must.
+pub trait Bus: Send + Sync {
+    /// IN.
+    fn pio_read(&self, vcpu: u32, port: u16, data: &mut [u8]);
+    /// OUT.
+    fn pio_write(&self, vcpu: u32, port: u16, data: &[u8]) -> BusOutcome;
+    /// Load from a guest-physical address outside RAM.
+    fn mmio_read(&self, vcpu: u32, gpa: u64, data: &mut [u8]);
+    /// Store to a guest-physical address outside RAM.
+    fn mmio_write(&self, vcpu: u32, gpa: u64, data: &[u8]) -> BusOutcome;
+    /// RDMSR of an MSR that belongs to the local APIC: IA32_APIC_BASE (0x1b), IA32_TSC_DEADLINE (0x6e0), x2APIC
+    /// (0x800..=0x8ff). `None`: the access is invalid now (#GP).
+    fn apic_msr_read(&self, vcpu: u32, msr: u32) -> Option<u64>;
+    /// WRMSR of the same. `None`: #GP.
+    fn apic_msr_write(&self, vcpu: u32, msr: u32, value: u64) -> Option<BusOutcome>;
+    /// CR8 (the task priority class, 0..=15).
+    fn cr8_read(&self, vcpu: u32) -> u8;
+    /// MOV to CR8.
+    fn cr8_write(&self, vcpu: u32, value: u8);
+    /// Whether a maskable interrupt is deliverable now (local APIC and ExtINT; IF is the vCPU's own business). Cheap: one or two
+    /// atomic loads when nothing is pending.
+    fn interrupt_pending(&self, vcpu: u32) -> bool;
+    /// Acknowledges the highest-priority deliverable interrupt and gives its vector; `None` if it went away.
+    fn interrupt_ack(&self, vcpu: u32) -> Option<u8>;
+    /// Takes a pending NMI, if there is one.
+    fn take_nmi(&self, vcpu: u32) -> bool;
+    /// Whether the machine is stopping and vCPUs should leave their run loops.
+    fn stopping(&self) -> bool;
+}
+
+/// Which cached translations an instruction invalidates (SDM vol. 3, section 4.10.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlbFlush {
+    /// Everything, global pages included (CR4.PGE, CR0.PG, CR0.WP, EFER.NXE and the like changed).
+    All,
+    /// Everything but global pages, in the current PCID (MOV to CR3 without the no-flush bit).
+    NonGlobal,
+    /// CR3 changed to another PCID whose cached translations stay valid (bit 63 of the value was set).
+    SwitchPcid,
+    /// The page that holds this linear address, global or not, in every view (INVLPG).
+    Page(u64),
+    /// INVPCID type 0: one address in one PCID.
+    PcidPage(u16, u64),
+    /// INVPCID type 1: one PCID, without globals.
+    Pcid(u16),
+}
+
+/// What system-level emulation needs of the vCPU's engine.
+pub trait Env {
+    /// Reads guest-physical memory: RAM or MMIO. `data` does not cross a page.
+    fn read_phys(&mut self, gpa: u64, data: &mut [u8]);
+    /// Writes guest-physical memory: RAM (with self-modifying-code handling) or MMIO. `data` does not cross a page.
+    fn write_phys(&mut self, gpa: u64, data: &[u8]);
+    /// Reads a page-table entry of 4 or 8 bytes, naturally aligned. `None` when the address is not RAM.
+    fn read_pte(&mut self, gpa: u64, bytes: u8) -> Option<u64>;
+    /// Sets bits (accessed, dirty) in a page-table entry with an atomic compare-exchange from `old`. `false` when the entry is no
+    /// longer `old`: walk again.
+    fn update_pte(&mut self, gpa: u64, bytes: u8, old: u64, new: u64) -> bool;
+    /// The machine's bus.
+    fn bus(&self) -> &dyn Bus;
+    /// Drops cached translations.
+    fn flush_tlb(&mut self, what: TlbFlush);
+    /// Host TSC.
+    fn host_tsc(&self) -> u64;
+    /// Told of what a bus write came to, so that the engine leaves its loop when the machine is stopping.
+    fn note_outcome(&mut self, outcome: BusOutcome);
+}
