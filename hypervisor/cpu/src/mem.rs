@@ -12,13 +12,25 @@ pub enum Privilege {
 }
 
 /// Reads `data.len()` bytes at linear address `la`; nothing is consumed when it faults.
-pub fn read<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, la: u64, data: &mut [u8], p: Privilege) -> Result<(), Exception> {
+pub fn read<E: Env + ?Sized>(
+    st: &mut CpuState,
+    env: &mut E,
+    la: u64,
+    data: &mut [u8],
+    p: Privilege,
+) -> Result<(), Exception> {
     let _ = (st, env, la, data, p);
     unimplemented!()
 }
 
 /// Writes `data` at linear address `la`; both pages of a crossing write are checked before the first byte is stored.
-pub fn write<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, la: u64, data: &[u8], p: Privilege) -> Result<(), Exception> {
+pub fn write<E: Env + ?Sized>(
+    st: &mut CpuState,
+    env: &mut E,
+    la: u64,
+    data: &[u8],
+    p: Privilege,
+) -> Result<(), Exception> {
     let _ = (st, env, la, data, p);
     unimplemented!()
 }
