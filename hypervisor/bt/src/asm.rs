@@ -1,0 +1,455 @@
+//! A small assembler for the fixed sequences around guest instructions.
+//!
+//! Guest instructions themselves are re-encoded by iced-x86; this covers the handful of forms that address lookups,
+//! exits and register moves need. Every form here leaves the flags alone unless its name says otherwise.
+
+use iced_x86::{Encoder, IcedError, Instruction};
+
+/// A host register by encoding number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct H(pub(crate) u8);
+
+#[allow(dead_code)]
+impl H {
+    pub(crate) const RAX: H = H(0);
+    pub(crate) const RCX: H = H(1);
+    pub(crate) const RDX: H = H(2);
+    pub(crate) const RBX: H = H(3);
+    pub(crate) const RSP: H = H(4);
+    pub(crate) const RBP: H = H(5);
+    pub(crate) const RSI: H = H(6);
+    pub(crate) const RDI: H = H(7);
+    pub(crate) const R13: H = H(13);
+    pub(crate) const R14: H = H(14);
+    pub(crate) const R15: H = H(15);
+
+    fn low(self) -> u8 {
+        self.0 & 7
+    }
+    fn high(self) -> u8 {
+        self.0 >> 3
+    }
+}
+
+/// A memory operand in host terms.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct M {
+    pub(crate) base: Option<H>,
+    /// Index register and scale as a shift count (0..=3).
+    pub(crate) index: Option<(H, u8)>,
+    pub(crate) disp: i32,
+    /// Relative to the vCPU state (GS) or plain.
+    pub(crate) gs: bool,
+}
+
+impl M {
+    /// `gs:[disp]`.
+    pub(crate) fn gs(disp: i32) -> Self {
+        Self { base: None, index: None, disp, gs: true }
+    }
+    /// `gs:[base + disp]`.
+    pub(crate) fn gs_base(base: H, disp: i32) -> Self {
+        Self { base: Some(base), index: None, disp, gs: true }
+    }
+    /// `gs:[index << shift + disp]`.
+    pub(crate) fn gs_index(index: H, shift: u8, disp: i32) -> Self {
+        Self { base: None, index: Some((index, shift)), disp, gs: true }
+    }
+    /// `[base + disp]`.
+    pub(crate) fn base(base: H, disp: i32) -> Self {
+        Self { base: Some(base), index: None, disp, gs: false }
+    }
+    /// `[base + index]`.
+    pub(crate) fn base_index(base: H, index: H) -> Self {
+        Self { base: Some(base), index: Some((index, 0)), disp: 0, gs: false }
+    }
+}
+
+/// A place in the code that jumps can name before it is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Label(u32);
+
+#[derive(Clone, Copy)]
+enum Fix {
+    Rel8(u32),
+    Rel32(u32),
+}
+
+/// Condition codes of Jcc, as in the low four opcode bits.
+#[allow(dead_code)]
+pub(crate) mod cc {
+    pub(crate) const A: u8 = 7;
+    pub(crate) const NE: u8 = 5;
+    pub(crate) const E: u8 = 4;
+}
+
+const UNBOUND: u32 = u32::MAX;
+
+/// Code under construction. Offsets are relative to its start; it is position independent until it is linked.
+pub(crate) struct Asm {
+    pub(crate) buf: Vec<u8>,
+    labels: Vec<u32>,
+    fixes: Vec<(Fix, Label)>,
+    encoder: Encoder,
+}
+
+impl Asm {
+    pub(crate) fn new() -> Self {
+        Self { buf: Vec::with_capacity(8192), labels: Vec::new(), fixes: Vec::new(), encoder: Encoder::new(64) }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.buf.clear();
+        self.labels.clear();
+        self.fixes.clear();
+    }
+
+    pub(crate) fn pos(&self) -> u32 {
+        self.buf.len() as u32
+    }
+
+    pub(crate) fn label(&mut self) -> Label {
+        self.labels.push(UNBOUND);
+        Label(self.labels.len() as u32 - 1)
+    }
+
+    pub(crate) fn bind(&mut self, l: Label) {
+        self.labels[l.0 as usize] = self.pos();
+    }
+
+    pub(crate) fn here(&mut self) -> Label {
+        let l = self.label();
+        self.bind(l);
+        l
+    }
+
+    /// Position of a bound label.
+    pub(crate) fn at(&self, l: Label) -> u32 {
+        self.labels[l.0 as usize]
+    }
+
+    /// Resolves all jumps between labels of this buffer.
+    pub(crate) fn resolve(&mut self) {
+        for &(fix, label) in &self.fixes {
+            let target = self.labels[label.0 as usize];
+            assert_ne!(target, UNBOUND, "a jump in emitted code names a label that was never placed");
+            match fix {
+                Fix::Rel8(at) => {
+                    let d = i64::from(target) - i64::from(at) - 1;
+                    self.buf[at as usize] = i8::try_from(d).expect("short jump in emitted code is in reach") as u8;
+                }
+                Fix::Rel32(at) => {
+                    let d = (i64::from(target) - i64::from(at) - 4) as i32;
+                    self.buf[at as usize..at as usize + 4].copy_from_slice(&d.to_le_bytes());
+                }
+            }
+        }
+        self.fixes.clear();
+    }
+
+    fn b(&mut self, bytes: &[u8]) {
+        self.buf.extend_from_slice(bytes);
+    }
+
+    fn imm32(&mut self, v: i32) {
+        self.b(&v.to_le_bytes());
+    }
+
+    /// ModRM, SIB and displacement for `reg, m`.
+    fn modrm(&mut self, reg: u8, m: M) {
+        let reg = (reg & 7) << 3;
+        match (m.base, m.index) {
+            (None, None) => {
+                self.b(&[reg | 4, 0x25]);
+                self.imm32(m.disp);
+            }
+            (None, Some((i, s))) => {
+                self.b(&[reg | 4, (s << 6) | (i.low() << 3) | 5]);
+                self.imm32(m.disp);
+            }
+            (Some(base), index) => {
+                let small = i8::try_from(m.disp).is_ok();
+                let md = if m.disp == 0 && base.low() != 5 {
+                    0
+                } else if small {
+                    0x40
+                } else {
+                    0x80
+                };
+                match index {
+                    None if base.low() != 4 => self.b(&[md | reg | base.low()]),
+                    None => self.b(&[md | reg | 4, 0x24]),
+                    Some((i, s)) => self.b(&[md | reg | 4, (s << 6) | (i.low() << 3) | base.low()]),
+                }
+                match md {
+                    0 => {}
+                    0x40 => self.b(&[m.disp as i8 as u8]),
+                    _ => self.imm32(m.disp),
+                }
+            }
+        }
+    }
+
+    /// `[gs] [rex] op modrm` with `reg` in the reg field. `pre` is a mandatory prefix or 0.
+    fn rm(&mut self, w: bool, op: &[u8], reg: u8, m: M) {
+        if m.gs {
+            self.b(&[0x65]);
+        }
+        let x = m.index.map_or(0, |(i, _)| i.high());
+        let bb = m.base.map_or(0, H::high);
+        let rex = 0x40 | (u8::from(w) << 3) | ((reg >> 3) << 2) | (x << 1) | bb;
+        if rex != 0x40 {
+            self.b(&[rex]);
+        }
+        self.b(op);
+        self.modrm(reg, m);
+    }
+
+    fn rr(&mut self, w: bool, op: &[u8], reg: u8, rm: H) {
+        let rex = 0x40 | (u8::from(w) << 3) | ((reg >> 3) << 2) | rm.high();
+        if rex != 0x40 {
+            self.b(&[rex]);
+        }
+        self.b(op);
+        self.b(&[0xc0 | ((reg & 7) << 3) | rm.low()]);
+    }
+
+    pub(crate) fn mov(&mut self, d: H, s: H) {
+        if d != s {
+            self.rr(true, &[0x8b], d.0, s);
+        }
+    }
+
+    /// 32-bit move, zero-extending (also when `d` is `s`).
+    pub(crate) fn mov32(&mut self, d: H, s: H) {
+        self.rr(false, &[0x8b], d.0, s);
+    }
+
+    pub(crate) fn movzx16(&mut self, d: H, s: H) {
+        self.rr(false, &[0x0f, 0xb7], d.0, s);
+    }
+
+    pub(crate) fn movsxd(&mut self, d: H, s: H) {
+        self.rr(true, &[0x63], d.0, s);
+    }
+
+    pub(crate) fn movsx16(&mut self, d: H, s: H) {
+        self.rr(true, &[0x0f, 0xbf], d.0, s);
+    }
+
+    pub(crate) fn load(&mut self, d: H, m: M) {
+        self.rm(true, &[0x8b], d.0, m);
+    }
+
+    pub(crate) fn load32(&mut self, d: H, m: M) {
+        self.rm(false, &[0x8b], d.0, m);
+    }
+
+    pub(crate) fn load8(&mut self, d: H, m: M) {
+        self.rm(false, &[0x0f, 0xb6], d.0, m);
+    }
+
+    pub(crate) fn load16(&mut self, d: H, m: M) {
+        self.rm(false, &[0x0f, 0xb7], d.0, m);
+    }
+
+    pub(crate) fn store(&mut self, m: M, s: H) {
+        self.rm(true, &[0x89], s.0, m);
+    }
+
+    pub(crate) fn store32(&mut self, m: M, s: H) {
+        self.rm(false, &[0x89], s.0, m);
+    }
+
+    pub(crate) fn store16(&mut self, m: M, s: H) {
+        self.b(&[0x66]);
+        // A segment prefix may follow the operand-size prefix; REX stays last.
+        self.rm(false, &[0x89], s.0, m);
+    }
+
+    /// Stores the low byte of RCX or of R8-R15 (no legacy high-byte registers here).
+    pub(crate) fn store8(&mut self, m: M, s: H) {
+        debug_assert!(s.0 < 4 || s.0 >= 8);
+        self.rm(false, &[0x88], s.0, m);
+    }
+
+    pub(crate) fn store_imm8(&mut self, m: M, v: u8) {
+        self.rm(false, &[0xc6], 0, m);
+        self.b(&[v]);
+    }
+
+    pub(crate) fn store_imm32(&mut self, m: M, v: i32) {
+        self.rm(false, &[0xc7], 0, m);
+        self.imm32(v);
+    }
+
+    /// Stores a sign-extended 32-bit immediate as 64 bits.
+    pub(crate) fn store_simm32(&mut self, m: M, v: i32) {
+        self.rm(true, &[0xc7], 0, m);
+        self.imm32(v);
+    }
+
+    pub(crate) fn mov_imm(&mut self, d: H, v: u64) {
+        if v <= u64::from(u32::MAX) {
+            if d.high() != 0 {
+                self.b(&[0x41]);
+            }
+            self.b(&[0xb8 | d.low()]);
+            self.imm32(v as u32 as i32);
+        } else if i64::from(v as i32) == v as i64 {
+            self.rr(true, &[0xc7], 0, d);
+            self.imm32(v as i32);
+        } else {
+            self.b(&[0x48 | d.high(), 0xb8 | d.low()]);
+            self.b(&v.to_le_bytes());
+        }
+    }
+
+    pub(crate) fn lea(&mut self, d: H, m: M) {
+        self.rm(true, &[0x8d], d.0, m);
+    }
+
+    pub(crate) fn lea32(&mut self, d: H, m: M) {
+        self.rm(false, &[0x8d], d.0, m);
+    }
+
+    fn vex_0f38(&mut self, pp: u8, op: u8, reg: H, vvvv: H, m: M) {
+        if m.gs {
+            self.b(&[0x65]);
+        }
+        let x = m.index.map_or(0, |(i, _)| i.high());
+        let bb = m.base.map_or(0, H::high);
+        let b1 = (((reg.high() ^ 1) << 7) | ((x ^ 1) << 6) | ((bb ^ 1) << 5)) | 2;
+        let b2 = 0x80 | ((!vvvv.0 & 15) << 3) | pp;
+        self.b(&[0xc4, b1, b2, op]);
+        self.modrm(reg.0, m);
+    }
+
+    /// `pext d, s, m` (64-bit).
+    pub(crate) fn pext(&mut self, d: H, s: H, m: M) {
+        self.vex_0f38(2, 0xf5, d, s, m);
+    }
+
+    /// `pdep d, s, m` (64-bit).
+    pub(crate) fn pdep(&mut self, d: H, s: H, m: M) {
+        self.vex_0f38(3, 0xf5, d, s, m);
+    }
+
+    /// `sarx d, s, count` (64-bit).
+    pub(crate) fn sarx(&mut self, d: H, s: H, count: H) {
+        let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 2;
+        let b2 = 0x80 | ((!count.0 & 15) << 3) | 2;
+        self.b(&[0xc4, b1, b2, 0xf7, 0xc0 | (d.low() << 3) | s.low()]);
+    }
+
+    /// `rorx d, s, imm` (64-bit).
+    pub(crate) fn rorx(&mut self, d: H, s: H, imm: u8) {
+        let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 3;
+        self.b(&[0xc4, b1, 0xfb, 0xf0, 0xc0 | (d.low() << 3) | s.low(), imm]);
+    }
+
+    /// Clobbers flags.
+    pub(crate) fn shr32_flags(&mut self, d: H, n: u8) {
+        self.rr(false, &[0xc1], 5, d);
+        self.b(&[n]);
+    }
+
+    /// Clobbers flags.
+    pub(crate) fn and32_flags(&mut self, d: H, v: i32) {
+        self.rr(false, &[0x81], 4, d);
+        self.imm32(v);
+    }
+
+    /// Clobbers flags.
+    pub(crate) fn add_flags(&mut self, d: H, m: M) {
+        self.rm(true, &[0x03], d.0, m);
+    }
+
+    /// Clobbers flags.
+    pub(crate) fn cmp_imm_flags(&mut self, d: H, v: i32) {
+        self.rr(true, &[0x81], 7, d);
+        self.imm32(v);
+    }
+
+    pub(crate) fn jcc(&mut self, cond: u8, l: Label) {
+        self.b(&[0x0f, 0x80 | cond]);
+        self.fixes.push((Fix::Rel32(self.pos()), l));
+        self.imm32(0);
+    }
+
+    pub(crate) fn jmp(&mut self, l: Label) {
+        self.b(&[0xe9]);
+        self.fixes.push((Fix::Rel32(self.pos()), l));
+        self.imm32(0);
+    }
+
+    pub(crate) fn jmp8(&mut self, l: Label) {
+        self.b(&[0xeb]);
+        self.fixes.push((Fix::Rel8(self.pos()), l));
+        self.b(&[0]);
+    }
+
+    pub(crate) fn jrcxz(&mut self, l: Label) {
+        self.b(&[0xe3]);
+        self.fixes.push((Fix::Rel8(self.pos()), l));
+        self.b(&[0]);
+    }
+
+    /// `jmp rel32` or `jcc rel32` whose displacement is patched later; returns the displacement's offset.
+    pub(crate) fn jump_patchable(&mut self, cond: Option<u8>, l: Label) -> u32 {
+        match cond {
+            Some(c) => self.jcc(c, l),
+            None => self.jmp(l),
+        }
+        self.pos() - 4
+    }
+
+    pub(crate) fn call_gs(&mut self, off: i32) {
+        self.rm(false, &[0xff], 2, M::gs(off));
+    }
+
+    pub(crate) fn jmp_mem(&mut self, m: M) {
+        self.rm(false, &[0xff], 4, m);
+    }
+
+    pub(crate) fn pushfq(&mut self) {
+        self.b(&[0x9c]);
+    }
+
+    pub(crate) fn popfq(&mut self) {
+        self.b(&[0x9d]);
+    }
+
+    pub(crate) fn push(&mut self, r: H) {
+        if r.high() != 0 {
+            self.b(&[0x41]);
+        }
+        self.b(&[0x50 | r.low()]);
+    }
+
+    pub(crate) fn pop(&mut self, r: H) {
+        if r.high() != 0 {
+            self.b(&[0x41]);
+        }
+        self.b(&[0x58 | r.low()]);
+    }
+
+    pub(crate) fn ud2(&mut self) {
+        self.b(&[0x0f, 0x0b]);
+    }
+
+    /// Appends one instruction as iced-x86 encodes it. Nothing is appended when it cannot be encoded.
+    pub(crate) fn guest(&mut self, i: &Instruction) -> Result<(), IcedError> {
+        let mark = self.buf.len();
+        self.encoder.set_buffer(std::mem::take(&mut self.buf));
+        let r = self.encoder.encode(i, mark as u64);
+        self.buf = self.encoder.take_buffer();
+        match r {
+            Ok(_) => Ok(()),
+            Err(e) => {
+                self.buf.truncate(mark);
+                Err(e)
+            }
+        }
+    }
+}

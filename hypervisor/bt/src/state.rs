@@ -1,0 +1,191 @@
+//! The block of memory that translated code and Rust code share, one per vCPU.
+//!
+//! While a vCPU runs, the host's GS base points at its [`BtState`], so emitted code reaches every field as
+//! `gs:[offset]` and no general-purpose register is spent on it. The offsets below are therefore part of the emitted
+//! code. The architectural state comes first and is also what the rest of the hypervisor sees.
+
+use paravane_cpu::CpuState;
+use std::mem::offset_of;
+use std::sync::atomic::{AtomicU8, AtomicU32};
+
+/// Entries in one view of the soft TLB.
+pub(crate) const TLB_ENTRIES: usize = 1024;
+/// Entries in one view of the jump cache.
+pub(crate) const JC_ENTRIES: usize = 4096;
+/// Soft-TLB views: what user code may reach, what supervisor code may reach while SMAP holds it back, and what
+/// supervisor code may reach otherwise (SDM vol. 3, section 4.6).
+pub(crate) const VIEWS: usize = 3;
+
+/// One soft-TLB entry, 32 bytes. Tags are the *negated* linear page address, so that a lookup is one addition:
+/// `ea + ntag` is the page offset when the entry matches and is 4096 or more when it does not.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct TlbEntry {
+    /// Tag for loads.
+    pub(crate) ntag_r: u64,
+    /// Tag for stores and read-modify-writes.
+    pub(crate) ntag_w: u64,
+    /// Host address of the page.
+    pub(crate) hva: u64,
+    /// Guest-physical address of the page, with [`TLB_GLOBAL`] for a global mapping.
+    pub(crate) gpa: u64,
+}
+
+/// Set in [`TlbEntry::gpa`] when the mapping is global and outlives a CR3 load.
+pub(crate) const TLB_GLOBAL: u64 = 1;
+
+/// The tag of an empty entry at `index`: no address whose index is `index` lies within a page and an operand of it.
+pub(crate) const fn empty_ntag(index: usize) -> u64 {
+    (((index ^ (TLB_ENTRIES / 2)) as u64) << 12).wrapping_neg()
+}
+
+/// Hash from guest RIP to host code, split in two arrays that are indexed by the low bits of RIP.
+#[repr(C)]
+pub(crate) struct JumpCache {
+    /// Negated RIP of the entry. An empty entry holds a RIP with other low bits.
+    pub(crate) neg_rip: [u64; JC_ENTRIES],
+    /// Host address of the block.
+    pub(crate) host: [u64; JC_ENTRIES],
+}
+
+/// A vCPU's shared state. Allocated page-aligned; [`BtState::poll_page`] is a page of its own.
+#[repr(C, align(4096))]
+pub(crate) struct BtState {
+    pub(crate) cpu: CpuState,
+    /// Host stack pointer at the level translated code runs at.
+    pub(crate) host_rsp: u64,
+    /// The engine, for callouts.
+    pub(crate) engine: u64,
+    /// Mask that selects the TLB index from an address (for PEXT).
+    pub(crate) tlb_mask: u64,
+    /// Mask of everything but the page offset (for PEXT).
+    pub(crate) page_mask: u64,
+    /// Mask that selects the jump-cache index from a RIP (for PEXT).
+    pub(crate) jc_mask: u64,
+    /// Mask of [`paravane_cpu::state::rflags::NATIVE`] (for PEXT and PDEP).
+    pub(crate) flags_mask: u64,
+    /// The constant 63, 31 (for PEXT in bit-string instructions).
+    pub(crate) mask63: u64,
+    pub(crate) mask31: u64,
+    pub(crate) mask15: u64,
+    /// Places for values that must survive a lookup.
+    pub(crate) tmp: [u64; 4],
+    /// XSAVE component mask used for the guest's state.
+    pub(crate) xmask_lo: u32,
+    pub(crate) xmask_hi: u32,
+    /// The host's MXCSR while Rust code runs.
+    pub(crate) host_mxcsr: u32,
+    /// Current translation mode, see [`crate::block::Mode`].
+    pub(crate) mode: u32,
+    /// Non-zero when an interrupt is pending that IF masks: whatever sets IF must leave translated code.
+    pub(crate) irq_window: u32,
+    /// Non-zero while the guest's x87/SIMD state is in the host's registers and not in `cpu.xsave`.
+    pub(crate) fpu_live: u32,
+    /// Exception that a signal handler found: vector, error code.
+    pub(crate) fault_vector: u32,
+    pub(crate) fault_code: u32,
+    /// Someone wants this vCPU's attention.
+    pub(crate) request: AtomicU32,
+    /// The vCPU is in translated code or about to be.
+    pub(crate) in_tc: AtomicU8,
+    /// The poll page is (about to be) protected.
+    pub(crate) poll_armed: AtomicU8,
+    /// Addresses of the thunks in [`crate::thunks`], see [`Thunk`].
+    pub(crate) thunks: [u64; Thunk::COUNT],
+    /// Where operands live that cannot be reached in place: MMIO, page-crossing, pages with translated code.
+    pub(crate) bounce: Bounce,
+    pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; VIEWS],
+    pub(crate) jc: [JumpCache; VIEWS],
+    pub(crate) poll_page: PollPage,
+}
+
+/// Bounce buffer for one operand.
+#[repr(C, align(64))]
+pub(crate) struct Bounce(pub(crate) [u8; 256]);
+
+/// The page that emitted loops read; protecting it makes them stop.
+#[repr(C, align(4096))]
+pub(crate) struct PollPage(pub(crate) [u8; 4096]);
+
+/// Slots of [`BtState::thunks`].
+#[derive(Clone, Copy)]
+#[repr(usize)]
+pub(crate) enum Thunk {
+    /// Leave translated code; R15 holds the exit code.
+    Exit,
+    /// An access that missed the soft TLB; RCX = address, R15D = site.
+    Mem,
+    /// An access in a mode with segmentation; RCX = offset, R15D = site.
+    SegMem,
+    /// The operand in the bounce buffer was written; R15D = site.
+    Commit,
+    /// Emulate one instruction; R15D = callout number.
+    Emulate,
+    /// Look up the block at `cpu.rip`.
+    Lookup,
+    /// Take, and link if possible, a direct exit; R15D = exit number.
+    Chain,
+    /// Load the guest's x87/SIMD state into the host's registers.
+    LoadFpu,
+}
+
+impl Thunk {
+    pub(crate) const COUNT: usize = 8;
+
+    /// Offset of the slot from the GS base.
+    pub(crate) fn offset(self) -> i32 {
+        (offset_of!(BtState, thunks) + 8 * self as usize) as i32
+    }
+}
+
+/// Offsets from the GS base as emitted code wants them.
+pub(crate) mod off {
+    use super::*;
+    use paravane_cpu::Segment;
+
+    pub(crate) const RIP: i32 = offset_of!(BtState, cpu.rip) as i32;
+    pub(crate) const RFLAGS: i32 = offset_of!(BtState, cpu.rflags) as i32;
+    pub(crate) const TMP: i32 = offset_of!(BtState, tmp) as i32;
+    pub(crate) const TLB_MASK: i32 = offset_of!(BtState, tlb_mask) as i32;
+    pub(crate) const PAGE_MASK: i32 = offset_of!(BtState, page_mask) as i32;
+    pub(crate) const JC_MASK: i32 = offset_of!(BtState, jc_mask) as i32;
+    pub(crate) const FLAGS_MASK: i32 = offset_of!(BtState, flags_mask) as i32;
+    pub(crate) const MASK63: i32 = offset_of!(BtState, mask63) as i32;
+    pub(crate) const MASK31: i32 = offset_of!(BtState, mask31) as i32;
+    pub(crate) const MASK15: i32 = offset_of!(BtState, mask15) as i32;
+    pub(crate) const MODE: i32 = offset_of!(BtState, mode) as i32;
+    pub(crate) const IRQ_WINDOW: i32 = offset_of!(BtState, irq_window) as i32;
+    pub(crate) const FPU_LIVE: i32 = offset_of!(BtState, fpu_live) as i32;
+    pub(crate) const POLL: i32 = offset_of!(BtState, poll_page) as i32;
+    pub(crate) const TSC_AUX: i32 = offset_of!(BtState, cpu.tsc_aux) as i32;
+    pub(crate) const KERNEL_GS: i32 = offset_of!(BtState, cpu.kernel_gs_base) as i32;
+    pub(crate) const CR0: i32 = offset_of!(BtState, cpu.cr0) as i32;
+    pub(crate) const CR2: i32 = offset_of!(BtState, cpu.cr2) as i32;
+    pub(crate) const CR3: i32 = offset_of!(BtState, cpu.cr3) as i32;
+    pub(crate) const CR4: i32 = offset_of!(BtState, cpu.cr4) as i32;
+
+    /// A guest general-purpose register's home.
+    pub(crate) fn gpr(n: usize) -> i32 {
+        (offset_of!(BtState, cpu.gpr) + 8 * n) as i32
+    }
+
+    /// A segment's base address.
+    pub(crate) fn seg_base(seg: usize) -> i32 {
+        (offset_of!(BtState, cpu.seg) + size_of::<Segment>() * seg + offset_of!(Segment, base)) as i32
+    }
+
+    /// A field of the soft TLB's first entry in a view.
+    pub(crate) fn tlb(view: usize, field: usize) -> i32 {
+        (offset_of!(BtState, tlb) + size_of::<[TlbEntry; TLB_ENTRIES]>() * view + field) as i32
+    }
+
+    /// The jump cache's tags in a view.
+    pub(crate) fn jc_tags(view: usize) -> i32 {
+        (offset_of!(BtState, jc) + size_of::<JumpCache>() * view) as i32
+    }
+
+    /// The jump cache's targets in a view.
+    pub(crate) fn jc_hosts(view: usize) -> i32 {
+        jc_tags(view) + offset_of!(JumpCache, host) as i32
+    }
+}
