@@ -5,9 +5,18 @@
 //! exceptions, privileged and other rare instructions), which the binary translator calls when an instruction is not
 //! worth translating.
 
+pub mod cpuid;
+pub mod descriptor;
+pub mod ea;
 pub mod env;
 pub mod exit;
+mod host_fpu;
+pub mod interrupt;
 pub mod mem;
+pub mod mmu;
+pub mod msr;
+pub mod operand;
+mod stack;
 pub mod state;
 
 pub use env::{Bus, BusOutcome, Env, TlbFlush};
