@@ -127,11 +127,7 @@ fn locate(st: &CpuState, selector: u16, bytes: u64) -> Option<u64> {
 }
 
 /// Reads `selector`'s eight-byte descriptor; `None` when it is outside its table. May page-fault.
-pub fn read<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    selector: u16,
-) -> Result<Option<Descriptor>, Exception> {
+pub fn read<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, selector: u16) -> Result<Option<Descriptor>, Exception> {
     let Some(at) = locate(st, selector, 8) else { return Ok(None) };
     let raw = mem::read_u64(st, env, at, Privilege::Supervisor)?;
     Ok(Some(Descriptor { selector, raw, upper: 0, at }))
@@ -158,11 +154,7 @@ pub(crate) fn extend<E: Env + ?Sized>(
 }
 
 /// Reads `selector`'s descriptor for an explicit load: #GP(selector) when it is outside its table.
-pub(crate) fn fetch<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    selector: u16,
-) -> Result<Descriptor, Exception> {
+pub(crate) fn fetch<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, selector: u16) -> Result<Descriptor, Exception> {
     read(st, env, selector)?.ok_or(Exception::GeneralProtection(code_of(selector)))
 }
 
@@ -192,12 +184,7 @@ pub(crate) fn set_type<E: Env + ?Sized>(
 /// Loads ES, SS, DS, FS or GS with `selector`, as MOV and POP do in the current mode (SDM vol. 2, MOV).
 ///
 /// CS is refused with #UD. Leaves the register untouched on failure.
-pub fn load_segment<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    seg: Seg,
-    selector: u16,
-) -> Result<(), Exception> {
+pub fn load_segment<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, seg: Seg, selector: u16) -> Result<(), Exception> {
     if seg == Seg::Cs {
         return Err(Exception::InvalidOpcode);
     }
@@ -205,11 +192,8 @@ pub fn load_segment<E: Env + ?Sized>(
         load_real(st, seg, selector);
         return Ok(());
     }
-    let loaded = if seg == Seg::Ss {
-        stack_segment(st, env, selector, st.cpl)?
-    } else {
-        data_segment(st, env, selector)?
-    };
+    let loaded =
+        if seg == Seg::Ss { stack_segment(st, env, selector, st.cpl)? } else { data_segment(st, env, selector)? };
     st.seg[seg as usize] = loaded;
     Ok(())
 }
@@ -337,11 +321,7 @@ pub(crate) fn load_tr<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, selector:
 }
 
 /// A system descriptor in the GDT, low half.
-fn system_descriptor<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    selector: u16,
-) -> Result<Descriptor, Exception> {
+fn system_descriptor<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, selector: u16) -> Result<Descriptor, Exception> {
     let gp = Exception::GeneralProtection(code_of(selector));
     if selector & 4 != 0 {
         return Err(gp);

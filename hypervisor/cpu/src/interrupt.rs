@@ -155,17 +155,13 @@ fn escalate<E: Env + ?Sized>(
             (Class::DoubleFault, Class::Contributory | Class::PageFault | Class::DoubleFault) => {
                 return Err(StopReason::TripleFault);
             }
-            (Class::Contributory, Class::Contributory)
-            | (Class::PageFault, Class::Contributory | Class::PageFault) => Exception::DoubleFault,
+            (Class::Contributory, Class::Contributory) | (Class::PageFault, Class::Contributory | Class::PageFault) => {
+                Exception::DoubleFault
+            }
             _ => second,
         };
-        let event = Event {
-            vector: next.vector(),
-            error_code: next.error_code(),
-            rip: st.rip,
-            set_rf: true,
-            soft: false,
-        };
+        let event =
+            Event { vector: next.vector(), error_code: next.error_code(), rip: st.rip, set_rf: true, soft: false };
         match enter(st, env, &event) {
             Ok(()) => return Ok(()),
             Err(again) => {

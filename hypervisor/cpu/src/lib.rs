@@ -5,19 +5,33 @@
 //! exceptions, privileged and other rare instructions), which the binary translator calls when an instruction is not
 //! worth translating.
 
+mod control;
 pub mod cpuid;
 pub mod descriptor;
 pub mod ea;
+pub mod emulate;
 pub mod env;
 pub mod exit;
-mod host_fpu;
+mod far;
+mod gather;
+pub mod host_fpu;
 pub mod interrupt;
 pub mod mem;
+mod misc;
 pub mod mmu;
 pub mod msr;
 pub mod operand;
+pub mod rare;
+mod simd;
 mod stack;
 pub mod state;
+mod string;
+pub mod system;
+mod x87env;
+mod xsave;
+
+#[cfg(test)]
+mod flat_env;
 
 pub use env::{Bus, BusOutcome, Env, TlbFlush};
 pub use exit::{Exception, PageFaultCode, Step, StopReason, VcpuExit};

@@ -131,12 +131,7 @@ pub fn fetch<E: Env + ?Sized>(st: &CpuState, env: &mut E, la: u64, buf: &mut [u8
 macro_rules! sized {
     ($read:ident, $write:ident, $t:ty, $bits:literal) => {
         #[doc = concat!("Reads ", $bits, " bits at linear address `la`, little-endian.")]
-        pub fn $read<E: Env + ?Sized>(
-            st: &mut CpuState,
-            env: &mut E,
-            la: u64,
-            p: Privilege,
-        ) -> Result<$t, Exception> {
+        pub fn $read<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, la: u64, p: Privilege) -> Result<$t, Exception> {
             let mut b = [0; size_of::<$t>()];
             read(st, env, la, &mut b, p)?;
             Ok(<$t>::from_le_bytes(b))

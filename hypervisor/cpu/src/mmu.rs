@@ -170,12 +170,7 @@ enum Miss {
 ///
 /// The caller has seen to it that `la` is canonical ([`is_canonical`]) in long mode and below 4 GiB outside it. Sets accessed bits,
 /// and the dirty bit for a write. Fails with the page fault of SDM vol. 3, section 4.7, error code included.
-pub fn walk<E: Env + ?Sized>(
-    st: &CpuState,
-    env: &mut E,
-    la: u64,
-    access: Access,
-) -> Result<Translation, Exception> {
+pub fn walk<E: Env + ?Sized>(st: &CpuState, env: &mut E, la: u64, access: Access) -> Result<Translation, Exception> {
     if st.cr0 & cr0::PG == 0 {
         return Ok(Translation {
             gpa: la & 0xffff_ffff,

@@ -131,12 +131,7 @@ impl Stack {
     }
 
     /// Pops `size` bytes, zero-extended.
-    pub(crate) fn pop<E: Env + ?Sized>(
-        &mut self,
-        st: &CpuState,
-        env: &mut E,
-        size: usize,
-    ) -> Result<u64, Exception> {
+    pub(crate) fn pop<E: Env + ?Sized>(&mut self, st: &CpuState, env: &mut E, size: usize) -> Result<u64, Exception> {
         let value = self.peek(st, env, 0, size)?;
         self.release(size as u64);
         Ok(value)
