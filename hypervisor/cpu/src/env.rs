@@ -1,6 +1,8 @@
 //! What a vCPU asks of the world around it: the machine's [`Bus`] (shared by all vCPUs, implemented by the machine) and
 //! its [`Env`] (one per vCPU, implemented by the engine).
 
+use crate::cpuid::CpuidPolicy;
+
 /// What a write to the bus came to, for the vCPU that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BusOutcome {
@@ -79,4 +81,16 @@ pub trait Env {
     fn host_tsc(&self) -> u64;
     /// Told of what a bus write came to, so that the engine leaves its loop when the machine is stopping.
     fn note_outcome(&mut self, outcome: BusOutcome);
+    /// What CPUID answers on this machine.
+    fn cpuid(&self) -> &CpuidPolicy;
+    /// Host address of `len` bytes of RAM at `gpa`, for bulk copies that would be slow byte by byte. `None` sends the caller to
+    /// [`Env::read_phys`] and [`Env::write_phys`], so it is always a correct answer.
+    ///
+    /// The range does not cross a page. With `write`, only memory may be returned that holds no translated code and whose
+    /// writes nobody has to be told of. Pointers from it stay good until some other method of this `Env` is called; other vCPUs may use the
+    /// same memory meanwhile, so it must be accessed with raw or volatile operations only.
+    fn ram_slice(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
+        let _ = (gpa, len, write);
+        None
+    }
 }
