@@ -1,0 +1,261 @@
+//! What a translated block is: its key, its ways out, and what the engine must know about places inside it.
+
+use iced_x86::Instruction;
+use paravane_cpu::state::{cr0, cr4, efer, rflags};
+use paravane_cpu::{CpuState, Seg, Segment};
+
+/// Every mode bit that changes translation, in one word. Together with the guest-physical address and RIP it is the
+/// complete key of a block: two vCPU states with equal keys run the same translated code correctly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Mode(pub(crate) u32);
+
+impl Mode {
+    /// Code size in bits 0-1: 0 = 16, 1 = 32, 2 = 64.
+    const SIZE: u32 = 3;
+    /// CPL is 3 (supervisor otherwise; CPL 1 and 2 count as supervisor for paging and go through callouts for the rest).
+    pub(crate) const USER: u32 = 1 << 2;
+    /// Soft-TLB view in bits 3-4.
+    const VIEW_SHIFT: u32 = 3;
+    /// CS, DS, ES and SS are flat: offsets are linear addresses and no limit can be exceeded. Always set in 64-bit mode.
+    pub(crate) const FLAT: u32 = 1 << 5;
+    /// The stack pointer is 32 (or 64) bits wide, not 16.
+    pub(crate) const WIDE_STACK: u32 = 1 << 6;
+    /// CR0.EM or CR0.TS: x87/SIMD instructions raise #NM or #UD.
+    pub(crate) const FPU_OFF: u32 = 1 << 7;
+    /// CR4.OSFXSR.
+    pub(crate) const SSE: u32 = 1 << 8;
+    /// CR4.OSXSAVE and XCR0 has SSE and AVX.
+    pub(crate) const AVX: u32 = 1 << 9;
+    /// AVX and XCR0 has opmask, ZMM_Hi256 and Hi16_ZMM.
+    pub(crate) const AVX512: u32 = 1 << 10;
+    /// RFLAGS.TF: one instruction per block, #DB behind it.
+    pub(crate) const STEP: u32 = 1 << 11;
+    /// CPL may use CLI and STI, and IOPL, NT, TF and VM are zero: the second byte of RFLAGS is IF alone.
+    pub(crate) const PLAIN_IF: u32 = 1 << 12;
+    /// CR4.FSGSBASE.
+    pub(crate) const FSGSBASE: u32 = 1 << 13;
+    /// RDTSC may run natively: CR4.TSD permits it and the guest's TSC is the host's.
+    pub(crate) const NATIVE_TSC: u32 = 1 << 14;
+    /// CR4.SMAP.
+    pub(crate) const SMAP: u32 = 1 << 15;
+    /// FS and GS have a 4 GiB limit (outside 64-bit mode).
+    pub(crate) const FLAT_FSGS: u32 = 1 << 16;
+    /// One instruction per block although TF is clear (an interrupt shadow runs out, or code that must not be kept).
+    pub(crate) const SINGLE: u32 = 1 << 17;
+    /// IA-32e mode, for the few instructions that differ between compatibility and legacy mode.
+    pub(crate) const LONG: u32 = 1 << 18;
+    /// Virtual-8086 mode.
+    pub(crate) const V86: u32 = 1 << 19;
+    /// The code page is mapped global. Found by the lookup, not part of the vCPU's state; it decides which links outlive a
+    /// CR3 load.
+    pub(crate) const GLOBAL: u32 = 1 << 21;
+    /// CPL is not 0 (it may be 1 or 2, which paging counts as supervisor).
+    pub(crate) const RING: u32 = 1 << 20;
+
+    pub(crate) const VIEW_USER: u32 = 0;
+    pub(crate) const VIEW_SMAP: u32 = 1;
+    pub(crate) const VIEW_SUPER: u32 = 2;
+
+    /// The mode of a vCPU's state.
+    pub(crate) fn of(st: &CpuState) -> Self {
+        let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+        let mut m = match st.code_bits() {
+            64 => 2,
+            32 => 1,
+            _ => 0,
+        };
+        let user = st.cpl == 3;
+        m |= flag(user, Self::USER) | flag(st.cpl != 0, Self::RING);
+        let smap = st.cr4 & cr4::SMAP != 0;
+        let view = if user {
+            Self::VIEW_USER
+        } else if smap && st.rflags & rflags::AC == 0 {
+            Self::VIEW_SMAP
+        } else {
+            Self::VIEW_SUPER
+        };
+        m |= view << Self::VIEW_SHIFT;
+        m |= flag(smap, Self::SMAP);
+        let flat = |s: Seg, attr: u16| {
+            let s = st.segment(s);
+            s.base == 0 && s.limit == u32::MAX && s.attr & (Segment::P | attr) == (Segment::P | attr)
+        };
+        // Expand-down data segments have bit 2 set; a flat one is not flat at all.
+        let up = |s: Seg| st.segment(s).attr & 0xc == 0;
+        let code64 = st.code64();
+        let all_flat = code64
+            || (st.protected()
+                && !st.v8086()
+                && flat(Seg::Cs, 0)
+                && [Seg::Ds, Seg::Es, Seg::Ss].iter().all(|&s| flat(s, 2) && up(s)));
+        m |= flag(all_flat, Self::FLAT);
+        m |= flag(code64 || st.segment(Seg::Ss).attr & Segment::DB != 0, Self::WIDE_STACK);
+        let fsgs = |s: Seg| {
+            let s = st.segment(s);
+            s.limit == u32::MAX && s.attr & (Segment::P | 0xe) == (Segment::P | 2)
+        };
+        m |= flag(code64 || (fsgs(Seg::Fs) && fsgs(Seg::Gs)), Self::FLAT_FSGS);
+        m |= flag(st.cr0 & (cr0::EM | cr0::TS) != 0, Self::FPU_OFF);
+        m |= flag(st.cr4 & cr4::OSFXSR != 0, Self::SSE);
+        let xsave = st.cr4 & cr4::OSXSAVE != 0 && st.protected() && !st.v8086();
+        m |= flag(xsave && st.xcr0 & 6 == 6, Self::AVX);
+        m |= flag(xsave && st.xcr0 & 0xe6 == 0xe6, Self::AVX512);
+        m |= flag(st.rflags & rflags::TF != 0, Self::STEP);
+        let special = rflags::IOPL | rflags::NT | rflags::TF | rflags::VM;
+        m |= flag(st.rflags & special == 0 && st.cpl == 0, Self::PLAIN_IF);
+        m |= flag(st.cr4 & cr4::FSGSBASE != 0, Self::FSGSBASE);
+        m |= flag(st.tsc_offset == 0 && (st.cpl == 0 || st.cr4 & cr4::TSD == 0), Self::NATIVE_TSC);
+        m |= flag(st.efer & efer::LMA != 0, Self::LONG);
+        m |= flag(st.v8086(), Self::V86);
+        Self(m)
+    }
+
+    pub(crate) fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+
+    pub(crate) fn bits(self) -> u32 {
+        16 << (self.0 & Self::SIZE)
+    }
+
+    pub(crate) fn is64(self) -> bool {
+        self.0 & Self::SIZE == 2
+    }
+
+    pub(crate) fn view(self) -> usize {
+        ((self.0 >> Self::VIEW_SHIFT) & 3) as usize
+    }
+
+    pub(crate) fn with_view(self, view: u32) -> Self {
+        Self((self.0 & !(3 << Self::VIEW_SHIFT)) | (view << Self::VIEW_SHIFT))
+    }
+
+    /// Whether blocks of this mode stand alone: never linked, never in the jump cache.
+    pub(crate) fn alone(self) -> bool {
+        self.0 & (Self::STEP | Self::SINGLE) != 0
+    }
+}
+
+/// Identifies a block for lookup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    /// Guest-physical address of the first byte.
+    pub(crate) gpa: u64,
+    /// RIP of the first instruction.
+    pub(crate) rip: u64,
+    pub(crate) mode: Mode,
+}
+
+pub(crate) type BlockId = u32;
+
+/// A block in the translation cache.
+pub(crate) struct Block {
+    pub(crate) key: Key,
+    /// Guest bytes it was translated from.
+    pub(crate) guest_len: u32,
+    /// Guest-physical page of the tail when the last instruction crosses into it.
+    pub(crate) second_page: Option<u64>,
+    /// Offset of the code in the cache.
+    pub(crate) start: u32,
+    /// Offset of the entry point.
+    pub(crate) entry: u32,
+    /// Exits that jump straight here.
+    pub(crate) incoming: Vec<u32>,
+    /// This block's own exits: a range of [`Tables::exits`].
+    pub(crate) exits: std::ops::Range<u32>,
+    /// Places that may fault: a range of [`Tables::faults`].
+    pub(crate) faults: std::ops::Range<u32>,
+    /// Still findable. A dead block's code stays until the cache is emptied, for a vCPU may be inside it.
+    pub(crate) live: bool,
+}
+
+/// A direct way out of a block.
+pub(crate) struct Exit {
+    pub(crate) block: BlockId,
+    pub(crate) target_rip: u64,
+    pub(crate) target_mode: Mode,
+    /// Cache offset of the jump's 32-bit displacement.
+    pub(crate) patch: u32,
+    /// Cache offset of the stub that the jump takes while unlinked.
+    pub(crate) stub: u32,
+    pub(crate) linked: Option<BlockId>,
+}
+
+/// A memory access that may take the slow path.
+#[derive(Clone, Copy)]
+pub(crate) struct Site {
+    pub(crate) block: BlockId,
+    pub(crate) rip: u64,
+    pub(crate) size: u16,
+    pub(crate) read: bool,
+    pub(crate) write: bool,
+    /// The segment is SS (or the base is RSP/RBP): faults of form are #SS.
+    pub(crate) stack: bool,
+    /// The block has x87/SIMD state live.
+    pub(crate) simd: bool,
+    /// Masked vector access: only some of the operand's bytes are touched.
+    pub(crate) masked: bool,
+    pub(crate) seg: u8,
+}
+
+/// An instruction that Rust carries out.
+pub(crate) struct Callout {
+    pub(crate) block: BlockId,
+    pub(crate) instr: Instruction,
+    pub(crate) action: Action,
+    pub(crate) simd: bool,
+}
+
+/// What a callout does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Emulate the instruction.
+    Emulate,
+    /// Raise #NM or #UD because CR0.TS or CR0.EM is set.
+    FpuOff,
+    /// Raise #UD.
+    Undefined,
+    /// Raise #DB: a single step is complete at the instruction's own RIP (which is the next one to run).
+    StepDone,
+    /// Raise #GP(0) at the instruction: it is longer than 15 bytes.
+    TooLong,
+}
+
+/// A place in translated code where the host CPU may raise an exception on the guest's behalf.
+#[derive(Clone, Copy)]
+pub(crate) struct FaultSite {
+    /// Offset from the block's start.
+    pub(crate) at: u32,
+    pub(crate) kind: FaultKind,
+}
+
+/// What stands at a [`FaultSite`].
+#[derive(Clone, Copy)]
+pub(crate) enum FaultKind {
+    /// A guest instruction at key.rip + `delta`; `borrowed` is a host register to reload from a temporary slot first.
+    Guest { delta: u32, borrowed: Option<u8> },
+    /// A poll of the request page before going to RIP.
+    Poll { rip: u64 },
+    /// A poll of the request page; the target is in `cpu.rip` already.
+    PollIndirect,
+}
+
+/// Side tables of all blocks; emitted code refers to them by index.
+#[derive(Default)]
+pub(crate) struct Tables {
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) exits: Vec<Exit>,
+    pub(crate) sites: Vec<Site>,
+    pub(crate) callouts: Vec<Callout>,
+    pub(crate) faults: Vec<FaultSite>,
+}
+
+impl Tables {
+    pub(crate) fn clear(&mut self) {
+        self.blocks.clear();
+        self.exits.clear();
+        self.sites.clear();
+        self.callouts.clear();
+        self.faults.clear();
+    }
+}

@@ -1,0 +1,202 @@
+//! What translated code asks of Rust. Each function is called by the thunk of the same name with the guest's state stored.
+#![allow(unsafe_code)] // Receives the engine as a raw pointer from the thunks.
+
+use crate::block::Action;
+use crate::dispatch::EXIT_RESYNC;
+use crate::engine::Engine;
+use crate::softmmu::Resolved;
+use iced_x86::Mnemonic;
+use paravane_cpu::state::cr0;
+use paravane_cpu::{Exception, Step, emulate};
+
+/// How a callout goes on: a value and bits.
+#[repr(C)]
+pub(crate) struct Back {
+    value: u64,
+    bits: u64,
+}
+
+impl Back {
+    const LOAD_FPU: u64 = 1;
+    const JUMP: u64 = 2;
+    const LEAVE: u64 = 4;
+
+    /// Go on in the block, with a value in RCX.
+    fn resume(value: u64, simd: bool) -> Self {
+        Self { value, bits: if simd { Self::LOAD_FPU } else { 0 } }
+    }
+}
+
+impl Engine {
+    /// Go on at `cpu.rip`, in translated code if nothing else is due.
+    fn go(&mut self) -> Back {
+        if !self.events_wait()
+            && let Some(target) = self.next_block()
+        {
+            return Back { value: target, bits: Back::JUMP };
+        }
+        Back { value: EXIT_RESYNC, bits: Back::LEAVE }
+    }
+
+    fn raise_and_go(&mut self, exc: Exception, rip: u64) -> Back {
+        self.raise(exc, rip);
+        self.go()
+    }
+}
+
+/// An access missed the soft TLB.
+pub(crate) unsafe extern "sysv64" fn mem(e: *mut Engine, la: u64, site: u32) -> Back {
+    // SAFETY: the thunk passes the engine that runs on this thread, and nothing else refers to it meanwhile.
+    let e = unsafe { &mut *e };
+    let s = e.tables.sites[site as usize];
+    e.stats.tlb_misses += 1;
+    finish_access(e, la, site, s.rip)
+}
+
+/// An access in a mode with segmentation: `offset` within the site's segment.
+pub(crate) unsafe extern "sysv64" fn seg_mem(e: *mut Engine, offset: u64, site: u32) -> Back {
+    // SAFETY: as in `mem`.
+    let e = unsafe { &mut *e };
+    let s = e.tables.sites[site as usize];
+    match e.segment_address(&s, offset) {
+        Ok(la) => match e.resolve_segmented(la, &s) {
+            Ok(Some(p)) => Back::resume(p, s.simd),
+            Ok(None) => e.again_alone(s.rip),
+            Err(exc) => e.raise_and_go(exc, s.rip),
+        },
+        Err(exc) => e.raise_and_go(exc, s.rip),
+    }
+}
+
+fn finish_access(e: &mut Engine, la: u64, site: u32, rip: u64) -> Back {
+    let s = e.tables.sites[site as usize];
+    match e.resolve(la, &s) {
+        Ok(Resolved::Filled) => Back::resume(0, s.simd),
+        Ok(Resolved::Bounced(p)) => Back::resume(p, s.simd),
+        Ok(Resolved::OwnCode) => e.again_alone(rip),
+        Err(exc) => e.raise_and_go(exc, rip),
+    }
+}
+
+impl Engine {
+    /// The instruction at `rip` is about to overwrite its own block: run it in a block of its own.
+    fn again_alone(&mut self, rip: u64) -> Back {
+        self.cpu().rip = rip;
+        match self.single_block() {
+            Some(target) => Back { value: target, bits: Back::JUMP },
+            None => self.go(),
+        }
+    }
+}
+
+/// The operand in the bounce buffer has been written: pass it on.
+pub(crate) unsafe extern "sysv64" fn commit(e: *mut Engine, site: u32) -> Back {
+    // SAFETY: as in `mem`.
+    let e = unsafe { &mut *e };
+    let s = e.tables.sites[site as usize];
+    e.commit_bounce();
+    Back::resume(0, s.simd)
+}
+
+/// Carry out one instruction.
+pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Back {
+    // SAFETY: as in `mem`.
+    let e = unsafe { &mut *e };
+    let c = &e.tables.callouts[callout as usize];
+    let (i, action, simd, block) = (c.instr, c.action, c.simd, c.block);
+    let stepping = e.tables.blocks[block as usize].key.mode.has(crate::block::Mode::STEP);
+    let st = e.cpu();
+    match action {
+        Action::Emulate => {}
+        Action::Undefined => return e.raise_and_go(Exception::InvalidOpcode, i.ip()),
+        Action::TooLong => return e.raise_and_go(Exception::GeneralProtection(0), i.ip()),
+        Action::FpuOff => {
+            let x87 = i.mnemonic() == Mnemonic::Wait;
+            let exc = if x87 && st.cr0 & (cr0::MP | cr0::TS) != cr0::MP | cr0::TS {
+                // FWAIT looks at MP and TS together (SDM vol. 3, table 2-2).
+                st.rip = i.next_ip();
+                return e.go();
+            } else if st.cr0 & cr0::EM != 0 && !is_x87(&i) {
+                Exception::InvalidOpcode
+            } else {
+                Exception::DeviceNotAvailable
+            };
+            return e.raise_and_go(exc, i.ip());
+        }
+        Action::StepDone => {
+            // With a default instruction the target is in the state already.
+            let rip = if i.len() == 0 { st.rip } else { i.ip() };
+            return e.raise_and_go(Exception::Debug(1 << 14), rip);
+        }
+    }
+    e.stats.emulated += 1;
+    st.rip = i.ip();
+    match emulate::step(st, e, &i) {
+        Ok(Step::Next) if e.tables.blocks[block as usize].live || e.tables.blocks[block as usize].key.mode.alone() => {
+            if e.events_wait() && !e.tables.blocks[block as usize].key.mode.has(crate::block::Mode::STEP) {
+                return Back { value: EXIT_RESYNC, bits: Back::LEAVE };
+            }
+            Back::resume(0, simd)
+        }
+        Ok(Step::Next | Step::Resync) => {
+            let no_trap = matches!(
+                i.mnemonic(),
+                Mnemonic::Syscall
+                    | Mnemonic::Sysenter
+                    | Mnemonic::Int
+                    | Mnemonic::Int1
+                    | Mnemonic::Int3
+                    | Mnemonic::Into
+            );
+            // A REP string instruction that paused has not completed an iteration boundary worth a trap of its own.
+            if stepping && !no_trap {
+                let rip = st.rip;
+                return e.raise_and_go(Exception::Debug(1 << 14), rip);
+            }
+            e.go()
+        }
+        Ok(Step::Halt) => {
+            st.halted = 1;
+            Back { value: EXIT_RESYNC, bits: Back::LEAVE }
+        }
+        Ok(Step::Stop(reason)) => {
+            e.stop = Some(reason);
+            Back { value: EXIT_RESYNC, bits: Back::LEAVE }
+        }
+        Err(exc) => {
+            let rip = match exc {
+                // Traps report the next instruction; `emulate` leaves RIP where the exception is to be reported.
+                Exception::Breakpoint | Exception::Overflow | Exception::Debug(_) => st.rip,
+                _ => i.ip(),
+            };
+            e.raise_and_go(exc, rip)
+        }
+    }
+}
+
+fn is_x87(i: &iced_x86::Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    i.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387))
+}
+
+/// An indirect jump missed the jump cache; the target is in `cpu.rip`.
+pub(crate) unsafe extern "sysv64" fn lookup(e: *mut Engine) -> Back {
+    // SAFETY: as in `mem`.
+    let e = unsafe { &mut *e };
+    e.stats.lookup_callouts += 1;
+    e.go()
+}
+
+/// A direct exit is taken for the first time, or cannot be linked.
+pub(crate) unsafe extern "sysv64" fn chain(e: *mut Engine, exit: u32) -> Back {
+    // SAFETY: as in `mem`.
+    let e = unsafe { &mut *e };
+    e.stats.chain_callouts += 1;
+    e.cpu().rip = e.tables.exits[exit as usize].target_rip;
+    let generation = e.stats.cache_flushes;
+    let back = e.go();
+    if back.bits == Back::JUMP && generation == e.stats.cache_flushes {
+        e.link(exit, back.value);
+    }
+    back
+}

@@ -1,0 +1,144 @@
+//! The run loop: see to events, find a block, enter translated code, see why it came back.
+#![allow(unsafe_code)] // Enters translated code and sets the GS base.
+
+use crate::engine::Engine;
+use crate::fault;
+use crate::thunks;
+use crate::vcpu::BtError;
+use paravane_cpu::state::rflags;
+use paravane_cpu::{Exception, StopReason, VcpuExit, interrupt};
+
+/// Exit codes of translated code.
+pub(crate) const EXIT_RESYNC: u64 = 0;
+/// A host signal in translated code; the state says which.
+pub(crate) const EXIT_FAULT: u64 = 1;
+
+impl Engine {
+    pub(crate) fn dispatch(&mut self) -> Result<VcpuExit, BtError> {
+        set_gs_base(self.state as u64)?;
+        loop {
+            if let Some(StopReason::TripleFault) = self.stop.take() {
+                return Ok(VcpuExit::TripleFault);
+            }
+            if self.memory.requested() {
+                self.memory.acknowledge();
+            }
+            if self.machine_stopping || self.bus.stopping() {
+                self.machine_stopping = false;
+                return Ok(VcpuExit::Stopped);
+            }
+            self.deliver_events();
+            if self.stop.is_some() {
+                continue;
+            }
+            let st = self.cpu();
+            if st.halted != 0 {
+                self.stats.halts += 1;
+                if st.rflags & rflags::IF == 0 && self.bus.interrupt_pending(self.id) {
+                    // Only an NMI or a stop can end this; do not spin on an interrupt that stays masked.
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                return Ok(VcpuExit::Halt);
+            }
+            if self.cache_full {
+                self.empty_cache();
+            }
+            let Some(target) = self.next_block() else { continue };
+            if !self.memory.enter() {
+                continue;
+            }
+            self.stats.exits += 1;
+            // SAFETY: the GS base was set above, and `target` is a live block's entry.
+            let code = unsafe { thunks::enter(target) };
+            self.memory.leave();
+            if code == EXIT_FAULT {
+                self.host_fault();
+            }
+        }
+    }
+
+    /// Delivers what is pending and permitted.
+    fn deliver_events(&mut self) {
+        let st = self.cpu();
+        if st.nmi_blocked == 0 && st.irq_shadow == 0 && self.bus.take_nmi(self.id) {
+            st.halted = 0;
+            if let Err(stop) = interrupt::deliver_nmi(st, self) {
+                self.stop = Some(stop);
+            }
+            return;
+        }
+        let pending = self.bus.interrupt_pending(self.id);
+        self.shared().irq_window = 0;
+        if !pending {
+            return;
+        }
+        if st.rflags & rflags::IF == 0 || st.irq_shadow != 0 {
+            self.shared().irq_window = 1;
+            return;
+        }
+        if let Some(vector) = self.bus.interrupt_ack(self.id) {
+            st.halted = 0;
+            self.stats.interrupts += 1;
+            if let Err(stop) = interrupt::deliver_external(st, self, vector) {
+                self.stop = Some(stop);
+            }
+        }
+    }
+
+    /// Whether translated code must not be entered before events are looked at.
+    pub(crate) fn events_wait(&self) -> bool {
+        self.stop.is_some()
+            || self.machine_stopping
+            || self.memory.requested()
+            || self.cache_full
+            || (self.shared().irq_window != 0 && self.cpu().rflags & rflags::IF != 0)
+    }
+
+    /// Delivers an exception at `rip`.
+    pub(crate) fn raise(&mut self, exc: Exception, rip: u64) {
+        self.stats.exceptions += 1;
+        if matches!(exc, Exception::PageFault { .. }) {
+            self.stats.page_faults += 1;
+        }
+        let st = self.cpu();
+        st.rip = rip;
+        if let Err(stop) = interrupt::deliver(st, self, exc) {
+            self.stop = Some(stop);
+        }
+    }
+
+    /// A signal handler left translated code; the state says what happened.
+    fn host_fault(&mut self) {
+        let sh = self.shared();
+        let exc = match sh.fault_vector {
+            fault::POLL => {
+                self.stats.polls += 1;
+                self.memory.acknowledge();
+                self.memory.protect_poll(false);
+                return;
+            }
+            0 => Exception::DivideError,
+            4 => Exception::Overflow,
+            5 => Exception::BoundRange,
+            6 => Exception::InvalidOpcode,
+            16 => Exception::FpuError,
+            17 => Exception::AlignmentCheck,
+            19 => Exception::SimdError,
+            _ => Exception::GeneralProtection(0),
+        };
+        self.stats.host_faults += 1;
+        let rip = self.cpu().rip;
+        self.raise(exc, rip);
+    }
+}
+
+/// Points GS at the shared state, for this thread.
+fn set_gs_base(base: u64) -> Result<(), BtError> {
+    const ARCH_SET_GS: libc::c_int = 0x1001;
+    // SAFETY: the GS base of this thread is not used by Rust or the C library.
+    let r = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, base) };
+    if r != 0 {
+        return Err(BtError::Host("the GS base cannot be set; is arch_prctl filtered?".into()));
+    }
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! All that belongs to one vCPU's translator: caches, tables, and the way to memory and devices.
+#![allow(unsafe_code)] // Reaches the state shared with translated code.
+
+use crate::asm::Asm;
+use crate::block::{BlockId, FaultKind, Key, Mode, Tables};
+use crate::cache::CodeMemory;
+use crate::fetch::{CodePage, ExecTlb};
+use crate::state::{BtState, JC_ENTRIES, Thunk, VIEWS};
+use crate::stats::Stats;
+use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
+use crate::{fault, softmmu, thunks};
+use iced_x86::{Instruction, InstructionInfoFactory};
+use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
+use paravane_cpu::{Bus, CpuState, StopReason};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+
+/// A hasher for keys that are a few words of address bits: multiply and fold.
+#[derive(Default)]
+pub(crate) struct WordHasher(u64);
+
+impl Hasher for WordHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ (self.0 >> 32)
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for &b in bytes {
+            self.write_u64(u64::from(b));
+        }
+    }
+    fn write_u32(&mut self, v: u32) {
+        self.write_u64(u64::from(v));
+    }
+    fn write_u64(&mut self, v: u64) {
+        self.0 = (self.0.rotate_left(5) ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+pub(crate) type WordMap<K, V> = HashMap<K, V, BuildHasherDefault<WordHasher>>;
+
+/// A run of guest RAM and where the host has it.
+#[derive(Clone, Copy)]
+pub(crate) struct RamRegion {
+    gpa: u64,
+    len: u64,
+    hva: u64,
+}
+
+/// Guest RAM by host address, for the paths that cannot afford more than a compare.
+pub(crate) struct Ram {
+    regions: Vec<RamRegion>,
+    /// Keeps the mappings alive.
+    _mem: GuestRam,
+}
+
+impl Ram {
+    fn new(mem: GuestRam) -> Self {
+        let regions = mem
+            .iter()
+            .filter_map(|r| {
+                let hva = r.get_host_address(MemoryRegionAddress(0)).ok()?;
+                Some(RamRegion { gpa: r.start_addr().raw_value(), len: r.len(), hva: hva as u64 })
+            })
+            .collect();
+        Self { regions, _mem: mem }
+    }
+
+    /// Host address of `len` bytes at `gpa`, when all of them are RAM.
+    #[inline]
+    pub(crate) fn host(&self, gpa: u64, len: u64) -> Option<*mut u8> {
+        self.regions.iter().find_map(|r| {
+            let at = gpa.wrapping_sub(r.gpa);
+            (at < r.len && len <= r.len - at).then_some((r.hva + at) as *mut u8)
+        })
+    }
+}
+
+/// One vCPU's translator.
+pub(crate) struct Engine {
+    pub(crate) id: u32,
+    pub(crate) state: *mut BtState,
+    pub(crate) memory: Arc<StateMemory>,
+    pub(crate) ram: Ram,
+    pub(crate) bus: Arc<dyn Bus>,
+    pub(crate) cpuid: CpuidPolicy,
+    pub(crate) stats: Stats,
+
+    pub(crate) code: CodeMemory,
+    pub(crate) tables: Tables,
+    pub(crate) map: WordMap<Key, BlockId>,
+    /// Pages that hold translated code.
+    pub(crate) pages: WordMap<u64, CodePage>,
+    pub(crate) exec_tlb: ExecTlb,
+    /// Exits linked across a page boundary, which a change of mappings must undo.
+    pub(crate) cross_links: Vec<u32>,
+    /// The mode whose blocks each view's jump cache holds.
+    pub(crate) jc_mode: [Option<Mode>; VIEWS],
+    pub(crate) jc_used: [Vec<u16>; VIEWS],
+    pub(crate) tlb_used: [Vec<u16>; VIEWS],
+    /// 2 MiB regions (hashed) that have entries of large pages in the soft TLB.
+    pub(crate) large: [u64; 16],
+    /// Where the operand in the bounce buffer goes.
+    pub(crate) bounce: softmmu::BounceTarget,
+
+    pub(crate) asm: Asm,
+    pub(crate) info: InstructionInfoFactory,
+    pub(crate) decoded: Vec<Instruction>,
+
+    /// Set when the vCPU must leave its loop.
+    pub(crate) stop: Option<StopReason>,
+    pub(crate) machine_stopping: bool,
+    /// The cache must be emptied before the next translation; nobody may be inside a block then.
+    pub(crate) cache_full: bool,
+}
+
+impl Engine {
+    pub(crate) fn new(
+        id: u32,
+        memory: Arc<StateMemory>,
+        mem: GuestRam,
+        bus: Arc<dyn Bus>,
+        cfg: &BtConfig,
+    ) -> Result<Self, BtError> {
+        let state = memory.ptr();
+        // SAFETY: the mapping is fresh, zeroed and ours alone; every field is plain data or an atomic.
+        let st = unsafe { &mut *state };
+        st.cpu = CpuState::reset(id);
+        st.tlb_mask = ((crate::state::TLB_ENTRIES as u64) - 1) << 12;
+        st.page_mask = !0xfff;
+        st.jc_mask = JC_ENTRIES as u64 - 1;
+        st.flags_mask = paravane_cpu::state::rflags::NATIVE;
+        (st.mask63, st.mask31, st.mask15) = (63, 31, 15);
+        let xmask = paravane_cpu::host_fpu::offered_xcr0();
+        (st.xmask_lo, st.xmask_hi) = (xmask as u32, (xmask >> 32) as u32);
+        st.host_mxcsr = 0x1f80;
+        let set = |st: &mut BtState, t: Thunk, f: unsafe extern "sysv64" fn()| st.thunks[t as usize] = f as *const () as u64;
+        set(st, Thunk::Exit, thunks::exit);
+        set(st, Thunk::Mem, thunks::mem);
+        set(st, Thunk::SegMem, thunks::seg_mem);
+        set(st, Thunk::Commit, thunks::commit);
+        set(st, Thunk::Emulate, thunks::emulate);
+        set(st, Thunk::Lookup, thunks::lookup);
+        set(st, Thunk::Chain, thunks::chain);
+        set(st, Thunk::LoadFpu, thunks::load_fpu);
+        let mut e = Self {
+            id,
+            state,
+            memory,
+            ram: Ram::new(mem),
+            bus,
+            cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz }),
+            stats: Stats::default(),
+            code: CodeMemory::new(cfg.cache_bytes.clamp(1 << 20, 1 << 30))?,
+            tables: Tables::default(),
+            map: WordMap::default(),
+            pages: WordMap::default(),
+            exec_tlb: ExecTlb::new(),
+            cross_links: Vec::new(),
+            jc_mode: [None; VIEWS],
+            jc_used: Default::default(),
+            tlb_used: Default::default(),
+            large: [0; 16],
+            bounce: softmmu::BounceTarget::default(),
+            asm: Asm::new(),
+            info: InstructionInfoFactory::new(),
+            decoded: Vec::with_capacity(64),
+            stop: None,
+            machine_stopping: false,
+            cache_full: false,
+        };
+        e.clear_tlb_arrays();
+        e.clear_jump_cache_arrays();
+        Ok(e)
+    }
+
+    /// The vCPU's architectural state.
+    ///
+    /// Separate from `self` because emulation takes the state and the engine (as its environment) side by side.
+    #[inline]
+    pub(crate) fn cpu<'a>(&self) -> &'a mut CpuState {
+        // SAFETY: the state lives in memory that `self.memory` keeps; Rust code of this vCPU runs on one thread, and the
+        // environment methods do not touch `cpu`, so no second reference to it is used meanwhile.
+        unsafe { &mut (*self.state).cpu }
+    }
+
+    /// The rest of the shared state.
+    #[inline]
+    pub(crate) fn shared<'a>(&self) -> &'a mut BtState {
+        // SAFETY: as in `cpu`; callers touch fields other than `cpu`.
+        unsafe { &mut *self.state }
+    }
+
+    /// Somebody changed the architectural state from outside.
+    pub(crate) fn state_replaced(&mut self) {
+        self.flush_all_translations();
+    }
+
+    /// What stands at a host address in translated code, and the RIP its block starts at.
+    pub(crate) fn fault_at(&self, rip: u64) -> Option<(FaultKind, u64)> {
+        let at = self.code.offset_of(rip)?;
+        let blocks = &self.tables.blocks;
+        let n = blocks.partition_point(|b| b.start <= at).checked_sub(1)?;
+        let b = &blocks[n];
+        let faults = &self.tables.faults[b.faults.start as usize..b.faults.end as usize];
+        let f = faults.iter().find(|f| f.at == at - b.start)?;
+        Some((f.kind, b.key.rip))
+    }
+
+    /// Runs the vCPU; see [`crate::BtVcpu::run`].
+    pub(crate) fn run(&mut self) -> Result<paravane_cpu::VcpuExit, BtError> {
+        let _alt = fault::AltStack::new()?;
+        let _running = fault::Running::new(self);
+        self.shared().engine = std::ptr::from_mut(self) as u64;
+        self.dispatch()
+    }
+}

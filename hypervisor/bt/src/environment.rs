@@ -1,0 +1,118 @@
+//! The engine as the environment of emulated instructions: guest-physical memory, the bus, flushes.
+#![allow(unsafe_code)] // Copies to and from guest RAM.
+
+use crate::engine::Engine;
+use paravane_cpu::cpuid::CpuidPolicy;
+use paravane_cpu::{Bus, BusOutcome, Env, TlbFlush};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+impl Env for Engine {
+    fn read_phys(&mut self, gpa: u64, data: &mut [u8]) {
+        if let Some(p) = self.ram.host(gpa, data.len() as u64) {
+            // SAFETY: `data.len()` bytes of mapped guest RAM; the guest may change them meanwhile, which plain copies
+            // of bytes tolerate.
+            unsafe { std::ptr::copy_nonoverlapping(p, data.as_mut_ptr(), data.len()) };
+            return;
+        }
+        self.stats.mmio_reads += 1;
+        for (at, len) in device_parts(gpa, data.len()) {
+            self.bus.mmio_read(self.id, gpa + at as u64, &mut data[at..at + len]);
+        }
+    }
+
+    fn write_phys(&mut self, gpa: u64, data: &[u8]) {
+        if let Some(p) = self.ram.host(gpa, data.len() as u64) {
+            if self.pages.contains_key(&(gpa & !0xfff)) {
+                self.ram_written(gpa, data.len() as u64);
+            }
+            // SAFETY: as in `read_phys`.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), p, data.len()) };
+            return;
+        }
+        self.stats.mmio_writes += 1;
+        for (at, len) in device_parts(gpa, data.len()) {
+            let outcome = self.bus.mmio_write(self.id, gpa + at as u64, &data[at..at + len]);
+            self.note_outcome(outcome);
+        }
+    }
+
+    fn read_pte(&mut self, gpa: u64, bytes: u8) -> Option<u64> {
+        let p = self.ram.host(gpa, u64::from(bytes))?;
+        // SAFETY: naturally aligned and within mapped guest RAM.
+        Some(unsafe {
+            if bytes == 8 {
+                (*p.cast::<AtomicU64>()).load(Ordering::Relaxed)
+            } else {
+                u64::from((*p.cast::<AtomicU32>()).load(Ordering::Relaxed))
+            }
+        })
+    }
+
+    fn update_pte(&mut self, gpa: u64, bytes: u8, old: u64, new: u64) -> bool {
+        let Some(p) = self.ram.host(gpa, u64::from(bytes)) else { return false };
+        // SAFETY: as in `read_pte`.
+        unsafe {
+            if bytes == 8 {
+                (*p.cast::<AtomicU64>()).compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+            } else {
+                (*p.cast::<AtomicU32>())
+                    .compare_exchange(old as u32, new as u32, Ordering::SeqCst, Ordering::SeqCst)
+                    .is_ok()
+            }
+        }
+    }
+
+    fn bus(&self) -> &dyn Bus {
+        &*self.bus
+    }
+
+    fn flush_tlb(&mut self, what: TlbFlush) {
+        match what {
+            TlbFlush::All => self.flush_all_translations(),
+            // The soft TLB is not tagged: another PCID's entries are gone already, and the current one's go now.
+            TlbFlush::NonGlobal | TlbFlush::SwitchPcid | TlbFlush::Pcid(_) => self.flush_non_global(),
+            TlbFlush::Page(la) => self.flush_page(la),
+            TlbFlush::PcidPage(_, la) => self.flush_page(la),
+        }
+    }
+
+    fn host_tsc(&self) -> u64 {
+        // SAFETY: RDTSC is available in user mode on every supported host.
+        unsafe { std::arch::x86_64::_rdtsc() }
+    }
+
+    fn note_outcome(&mut self, outcome: BusOutcome) {
+        if outcome == BusOutcome::Stopping {
+            self.machine_stopping = true;
+        }
+    }
+
+    fn cpuid(&self) -> &CpuidPolicy {
+        &self.cpuid
+    }
+
+    fn ram_slice(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
+        if write && self.pages.contains_key(&(gpa & !0xfff)) {
+            return None;
+        }
+        self.ram.host(gpa, len as u64)
+    }
+}
+
+/// Splits an access to device memory into naturally aligned parts of at most eight bytes.
+fn device_parts(gpa: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        if at >= len {
+            return None;
+        }
+        let here = gpa + at as u64;
+        let mut n = 8;
+        while n > len - at || here % n as u64 != 0 {
+            n /= 2;
+        }
+        let part = (at, n);
+        at += n;
+        Some(part)
+    })
+}

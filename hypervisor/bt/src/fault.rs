@@ -1,0 +1,205 @@
+//! Host signals in translated code become guest exceptions.
+//!
+//! The handlers are installed once per process and pass on whatever is not theirs. A vCPU thread publishes its engine in a
+//! thread-local; the handler finds the faulting instruction in the engine's tables, notes the exception in the shared
+//! state, and redirects the thread to [`crate::thunks::fault`], which leaves translated code with the guest's registers as
+//! they were at that instruction.
+#![allow(unsafe_code)] // Signal handling and machine contexts.
+
+use crate::BtError;
+use crate::asm::H;
+use crate::block::FaultKind;
+use crate::engine::Engine;
+use std::cell::Cell;
+use std::sync::OnceLock;
+
+thread_local! {
+    /// The engine whose translated code runs on this thread, or null.
+    static CURRENT: Cell<*mut Engine> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// Value of `fault_vector` for a poll that found its page protected.
+pub(crate) const POLL: u32 = 0x100;
+
+const SIGNALS: [i32; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];
+
+struct Previous([libc::sigaction; 4]);
+// SAFETY: plain data.
+unsafe impl Send for Previous {}
+// SAFETY: plain data, written once.
+unsafe impl Sync for Previous {}
+static PREVIOUS: OnceLock<Previous> = OnceLock::new();
+
+/// Installs the handlers, once per process.
+pub(crate) fn install() -> Result<(), BtError> {
+    let mut failed = false;
+    PREVIOUS.get_or_init(|| {
+        // SAFETY: zeroed sigaction structures are valid; the calls get valid pointers.
+        unsafe {
+            let mut old: [libc::sigaction; 4] = std::mem::zeroed();
+            for (n, &sig) in SIGNALS.iter().enumerate() {
+                let mut new: libc::sigaction = std::mem::zeroed();
+                new.sa_sigaction = handler as *const () as usize;
+                new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+                failed |= libc::sigaction(sig, &new, &mut old[n]) != 0;
+            }
+            Previous(old)
+        }
+    });
+    if failed {
+        return Err(BtError::Host("the signal handlers of the translator cannot be installed".into()));
+    }
+    Ok(())
+}
+
+/// An alternate signal stack for a vCPU thread; kept while the value lives.
+pub(crate) struct AltStack {
+    mem: *mut libc::c_void,
+    old: libc::stack_t,
+}
+
+const ALT_BYTES: usize = 64 << 10;
+
+impl AltStack {
+    pub(crate) fn new() -> Result<Self, BtError> {
+        // SAFETY: a fresh anonymous mapping, then a valid stack_t.
+        unsafe {
+            let mem = libc::mmap(
+                std::ptr::null_mut(),
+                ALT_BYTES,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if mem == libc::MAP_FAILED {
+                return Err(BtError::Host("no memory for a signal stack".into()));
+            }
+            let new = libc::stack_t { ss_sp: mem, ss_flags: 0, ss_size: ALT_BYTES };
+            let mut old = std::mem::zeroed();
+            if libc::sigaltstack(&new, &mut old) != 0 {
+                libc::munmap(mem, ALT_BYTES);
+                return Err(BtError::Host("the signal stack cannot be set".into()));
+            }
+            Ok(Self { mem, old })
+        }
+    }
+}
+
+impl Drop for AltStack {
+    fn drop(&mut self) {
+        // SAFETY: restores what was there before and frees our own mapping.
+        unsafe {
+            libc::sigaltstack(&self.old, std::ptr::null_mut());
+            libc::munmap(self.mem, ALT_BYTES);
+        }
+    }
+}
+
+/// Marks `engine` as the one whose code this thread runs, until the guard is dropped.
+pub(crate) struct Running;
+
+impl Running {
+    pub(crate) fn new(engine: *mut Engine) -> Self {
+        CURRENT.set(engine);
+        Self
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        CURRENT.set(std::ptr::null_mut());
+    }
+}
+
+unsafe extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
+    let engine = CURRENT.get();
+    if !engine.is_null() {
+        // SAFETY: the engine outlives `Running`; the context is the kernel's. The thread was in translated code if the check
+        // inside succeeds, so no Rust code holds a reference to the engine.
+        let ours = unsafe { redirect(&mut *engine, &mut *ctx.cast::<libc::ucontext_t>()) };
+        if ours {
+            return;
+        }
+    }
+    // SAFETY: passing on to whoever was there before, or to the default action.
+    unsafe { pass_on(sig, info, ctx) };
+}
+
+/// Turns a fault in translated code into an exit; false when it is not in translated code or not at a known place.
+unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
+    let regs = &mut ctx.uc_mcontext.gregs;
+    let rip = regs[libc::REG_RIP as usize] as u64;
+    let Some((kind, base_rip)) = e.fault_at(rip) else { return false };
+    let trap = regs[libc::REG_TRAPNO as usize] as u32;
+    // SAFETY: the shared state outlives the engine.
+    let st = unsafe { &mut *e.state };
+    match kind {
+        FaultKind::Guest { delta, borrowed } => {
+            // A page fault of the host at a guest operand means that our own mapping failed, not the guest.
+            if trap == 14 {
+                return false;
+            }
+            st.cpu.rip = base_rip.wrapping_add(u64::from(delta));
+            st.fault_vector = trap;
+            if let Some(h) = borrowed {
+                regs[greg(H(h))] = st.tmp[1] as i64;
+            }
+        }
+        FaultKind::Poll { rip } => {
+            st.cpu.rip = rip;
+            st.fault_vector = POLL;
+        }
+        FaultKind::PollIndirect => st.fault_vector = POLL,
+    }
+    regs[libc::REG_RIP as usize] = crate::thunks::fault as *const () as i64;
+    true
+}
+
+/// Index of a host register in a machine context.
+fn greg(h: H) -> usize {
+    const MAP: [i32; 16] = [
+        libc::REG_RAX,
+        libc::REG_RCX,
+        libc::REG_RDX,
+        libc::REG_RBX,
+        libc::REG_RSP,
+        libc::REG_RBP,
+        libc::REG_RSI,
+        libc::REG_RDI,
+        libc::REG_R8,
+        libc::REG_R9,
+        libc::REG_R10,
+        libc::REG_R11,
+        libc::REG_R12,
+        libc::REG_R13,
+        libc::REG_R14,
+        libc::REG_R15,
+    ];
+    MAP[usize::from(h.0 & 15)] as usize
+}
+
+unsafe fn pass_on(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
+    let old = PREVIOUS.get().and_then(|p| SIGNALS.iter().position(|&s| s == sig).map(|n| p.0[n]));
+    // SAFETY: calling the previous handler with the arguments the kernel gave, or restoring the default action, after
+    // which the instruction faults again and ends the process.
+    unsafe {
+        match old {
+            Some(a) if a.sa_sigaction != libc::SIG_DFL && a.sa_sigaction != libc::SIG_IGN => {
+                if a.sa_flags & libc::SA_SIGINFO != 0 {
+                    let f: unsafe extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                        std::mem::transmute(a.sa_sigaction);
+                    f(sig, info, ctx);
+                } else {
+                    let f: unsafe extern "C" fn(i32) = std::mem::transmute(a.sa_sigaction);
+                    f(sig);
+                }
+            }
+            _ => {
+                let mut dfl: libc::sigaction = std::mem::zeroed();
+                dfl.sa_sigaction = libc::SIG_DFL;
+                libc::sigaction(sig, &dfl, std::ptr::null_mut());
+            }
+        }
+    }
+}

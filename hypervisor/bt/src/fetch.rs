@@ -1,0 +1,384 @@
+//! From RIP to a block: translate the address, look the block up, or make it.
+#![allow(unsafe_code)] // Reads guest RAM through raw pointers.
+
+use crate::block::{Block, BlockId, Key, Mode};
+use crate::engine::Engine;
+use crate::state::JC_ENTRIES;
+use crate::translate::{Decoded, Translator, decode};
+use paravane_cpu::mmu::{self, Access, AccessKind};
+use paravane_cpu::{Env, Exception, Seg};
+use std::time::Instant;
+
+/// Longest instruction (SDM vol. 2, section 2.3.11).
+const MAX_LEN: usize = 15;
+
+/// The blocks that were translated from one guest page.
+#[derive(Default)]
+pub(crate) struct CodePage {
+    pub(crate) blocks: Vec<BlockId>,
+}
+
+/// Linear pages that code was fetched from, so that not every fetch walks the page tables.
+pub(crate) struct ExecTlb {
+    entries: Vec<ExecEntry>,
+    /// Hashed set of the pages fetched from since the last flush: says which page flushes concern code.
+    seen: [u64; 64],
+}
+
+#[derive(Clone, Copy)]
+struct ExecEntry {
+    page: u64,
+    gpa: u64,
+    view: usize,
+    global: bool,
+}
+
+const EXEC_ENTRIES: usize = 256;
+const EMPTY: ExecEntry = ExecEntry { page: 1, gpa: 0, view: 0, global: false };
+
+impl ExecTlb {
+    pub(crate) fn new() -> Self {
+        Self { entries: vec![EMPTY; EXEC_ENTRIES], seen: [0; 64] }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.entries.fill(EMPTY);
+        self.seen = [0; 64];
+    }
+
+    /// Drops what a CR3 load drops. The set of pages seen stays: global ones are still cached.
+    pub(crate) fn clear_non_global(&mut self) {
+        for e in &mut self.entries {
+            if !e.global {
+                *e = EMPTY;
+            }
+        }
+    }
+
+    fn bit(page: u64) -> (usize, u64) {
+        let h = (page >> 12) ^ (page >> 24);
+        ((h >> 6) as usize & 63, 1 << (h & 63))
+    }
+
+    fn note(&mut self, page: u64) {
+        let (w, b) = Self::bit(page);
+        self.seen[w] |= b;
+    }
+
+    /// Whether code may have been fetched from the page or the one before it (whose last instruction may cross).
+    pub(crate) fn seen(&self, page: u64) -> bool {
+        [page, page.wrapping_sub(4096)].into_iter().any(|p| {
+            let (w, b) = Self::bit(p);
+            self.seen[w] & b != 0
+        })
+    }
+}
+
+impl Engine {
+    /// Guest-physical address to fetch from for linear address `la`, and whether its page is global.
+    fn fetch_address(&mut self, la: u64, mode: Mode) -> Result<(u64, bool), Exception> {
+        let page = la & !0xfff;
+        let n = (la >> 12) as usize & (EXEC_ENTRIES - 1);
+        let e = self.exec_tlb.entries[n];
+        if e.page == page && e.view == mode.view() {
+            return Ok((e.gpa | (la & 0xfff), e.global));
+        }
+        let st = self.cpu();
+        let t = mmu::walk(st, self, la, Access::current(st, AccessKind::Execute))?;
+        let entry = ExecEntry { page, gpa: t.gpa & !0xfff, view: mode.view(), global: t.global };
+        self.exec_tlb.entries[n] = entry;
+        self.exec_tlb.note(page);
+        if t.page_shift > 12 {
+            self.note_large(la);
+        }
+        Ok((t.gpa, t.global))
+    }
+
+    /// Host address of the code to run at the state's RIP. Fetch faults are delivered to the guest first. `None`: events
+    /// are due, or the vCPU stopped.
+    pub(crate) fn next_block(&mut self) -> Option<u64> {
+        // Bounded: a guest whose fetches fault for ever is a triple fault before long, but be sure.
+        for _ in 0..64 {
+            let st = self.cpu();
+            let mut mode = Mode::of(st);
+            if st.irq_shadow != 0 {
+                // The instruction in the shadow runs alone; events are looked at behind it.
+                st.irq_shadow = 0;
+                mode.0 |= Mode::SINGLE;
+            }
+            match self.find(mode) {
+                Ok(Some(id)) => return Some(self.prepare(id)),
+                Ok(None) => {
+                    self.cache_full = true;
+                    return None;
+                }
+                Err(exc) => {
+                    let rip = st.rip;
+                    self.raise(exc, rip);
+                    if self.stop.is_some() {
+                        return None;
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    /// A block that holds only the instruction at RIP, made for this once.
+    pub(crate) fn single_block(&mut self) -> Option<u64> {
+        let mode = Mode(Mode::of(self.cpu()).0 | Mode::SINGLE);
+        match self.find(mode) {
+            Ok(Some(id)) => Some(self.prepare(id)),
+            Ok(None) => {
+                self.cache_full = true;
+                None
+            }
+            Err(exc) => {
+                let rip = self.cpu().rip;
+                self.raise(exc, rip);
+                None
+            }
+        }
+    }
+
+    /// Gets ready to enter a block: mode word, and an entry in the jump cache.
+    fn prepare(&mut self, id: BlockId) -> u64 {
+        let b = &self.tables.blocks[id as usize];
+        let (key, crosses) = (b.key, b.second_page.is_some());
+        let target = self.code.address(b.entry);
+        self.shared().mode = key.mode.0;
+        if key.mode.alone() || !key.mode.has(Mode::FLAT) {
+            return target;
+        }
+        let view = key.mode.view();
+        // Global or not is a property of the page, not of the code that looks things up.
+        let shared = Mode(key.mode.0 & !Mode::GLOBAL);
+        if self.jc_mode[view] != Some(shared) {
+            self.flush_jump_cache(view);
+            self.jc_mode[view] = Some(shared);
+        }
+        let _ = crosses;
+        let n = key.rip as usize & (JC_ENTRIES - 1);
+        let jc = &mut self.shared().jc[view];
+        jc.neg_rip[n] = key.rip.wrapping_neg();
+        jc.host[n] = target;
+        self.jc_used[view].push(n as u16);
+        if self.jc_used[view].len() > 2 * JC_ENTRIES {
+            self.jc_used[view].sort_unstable();
+            self.jc_used[view].dedup();
+        }
+        target
+    }
+
+    /// Finds or makes the block at RIP. `None`: the cache is full.
+    fn find(&mut self, mode: Mode) -> Result<Option<BlockId>, Exception> {
+        let st = self.cpu();
+        let rip = st.rip;
+        let la = if mode.is64() {
+            if !mmu::is_canonical(rip) {
+                return Err(Exception::GeneralProtection(0));
+            }
+            rip
+        } else {
+            st.segment(Seg::Cs).base.wrapping_add(rip) & 0xffff_ffff
+        };
+        let (gpa, global) = self.fetch_address(la, mode)?;
+        let mode = if global { Mode(mode.0 | Mode::GLOBAL) } else { mode };
+        let key = Key { gpa, rip, mode };
+        if !mode.alone()
+            && let Some(&id) = self.map.get(&key)
+        {
+            let Some(second) = self.tables.blocks[id as usize].second_page else { return Ok(Some(id)) };
+            let (now, _) = self.fetch_address(next_page(la, mode), mode)?;
+            if now & !0xfff == second {
+                return Ok(Some(id));
+            }
+            self.kill_block(id);
+        }
+        self.translate(key, la)
+    }
+
+    fn translate(&mut self, mut key: Key, la: u64) -> Result<Option<BlockId>, Exception> {
+        let began = Instant::now();
+        let room = 4096 - (key.gpa as usize & 0xfff);
+        let mut outside = [0u8; MAX_LEN];
+        let bytes: &[u8] = match self.ram.host(key.gpa, room as u64) {
+            // SAFETY: `room` bytes of guest RAM, which stays mapped. The guest may write it at any time; bytes are
+            // decoded once, and a page with translated code is watched for writes from then on.
+            Some(p) => unsafe { std::slice::from_raw_parts(p, room) },
+            None => {
+                // Code in device memory: one instruction at a time, never kept.
+                key.mode.0 |= Mode::SINGLE;
+                let n = room.min(MAX_LEN);
+                self.read_phys(key.gpa, &mut outside[..n]);
+                &outside[..n]
+            }
+        };
+        let mut decoded = std::mem::take(&mut self.decoded);
+        let mut outcome = decode(bytes, key.rip, key.mode, &mut decoded);
+        let mut second_page = None;
+        let mut joined = [0u8; 2 * MAX_LEN];
+        if outcome == Decoded::NeedMore {
+            let head = bytes.len().min(MAX_LEN);
+            joined[..head].copy_from_slice(&bytes[bytes.len() - head..]);
+            let next = next_page(la, key.mode);
+            let fetched = self.fetch_address(next, key.mode);
+            match fetched {
+                Ok((gpa2, _)) => {
+                    self.read_phys(gpa2 & !0xfff, &mut joined[head..head + MAX_LEN]);
+                    second_page = Some(gpa2 & !0xfff);
+                    if self.ram.host(gpa2 & !0xfff, 4096).is_none() {
+                        key.mode.0 |= Mode::SINGLE;
+                    }
+                }
+                Err(exc) => {
+                    self.decoded = decoded;
+                    return Err(exc);
+                }
+            }
+            outcome = decode(&joined[..head + MAX_LEN], key.rip, key.mode, &mut decoded);
+            decoded.truncate(1);
+            if outcome == Decoded::NeedMore {
+                // More prefixes than an instruction may have: let the invalid-instruction path report it.
+                let mut i = iced_x86::Instruction::new();
+                i.set_len(MAX_LEN);
+                i.set_ip(key.rip);
+                decoded.push(i);
+            }
+        }
+        let id = self.tables.blocks.len() as BlockId;
+        let faults = self.tables.faults.len() as u32;
+        let first_exit = self.tables.exits.len() as u32;
+        let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip)
+            .translate(&decoded);
+        self.decoded = decoded;
+        let Some(start) = self.code.place(&self.asm.buf) else {
+            self.tables.faults.truncate(faults as usize);
+            return Ok(None);
+        };
+        for x in &t.exits {
+            self.tables.exits.push(x.place(id, start));
+        }
+        self.tables.blocks.push(Block {
+            key,
+            guest_len: t.guest_len,
+            second_page,
+            start,
+            entry: start + t.entry,
+            incoming: Vec::new(),
+            exits: first_exit..self.tables.exits.len() as u32,
+            faults: faults..self.tables.faults.len() as u32,
+            live: !key.mode.alone(),
+        });
+        if !key.mode.alone() {
+            self.map.insert(key, id);
+            self.watch_page(key.gpa & !0xfff, id);
+            if let Some(p) = second_page {
+                self.watch_page(p, id);
+            }
+        }
+        self.stats.blocks += 1;
+        self.stats.instructions += u64::from(t.instructions);
+        self.stats.guest_bytes += u64::from(t.guest_len);
+        self.stats.code_bytes += self.asm.buf.len() as u64;
+        self.stats.translate_ns += began.elapsed().as_nanos() as u64;
+        Ok(Some(id))
+    }
+
+    /// Links exit `exit` to the block that was just entered at host address `target`, if that is allowed to last.
+    pub(crate) fn link(&mut self, exit: u32, target: u64) {
+        let Some(entry) = self.code.offset_of(target) else { return };
+        let x = &self.tables.exits[exit as usize];
+        let rip = x.target_rip;
+        let from = &self.tables.blocks[x.block as usize];
+        let mode = Mode(self.shared().mode);
+        let shared = |m: Mode| m.0 & !Mode::GLOBAL;
+        if !from.live || mode.alone() || self.cpu().rip != rip || shared(mode) != shared(x.target_mode) {
+            return;
+        }
+        let n = self.tables.blocks.partition_point(|b| b.start <= entry) - 1;
+        let to = &self.tables.blocks[n];
+        if to.entry != entry || to.key.rip != rip || !to.live {
+            return;
+        }
+        let same_page = from.key.gpa & !0xfff == to.key.gpa & !0xfff
+            && from.key.rip & !0xfff == to.key.rip & !0xfff
+            && to.second_page.is_none();
+        let both_global = from.key.mode.has(Mode::GLOBAL) && to.key.mode.has(Mode::GLOBAL);
+        if !same_page && !both_global {
+            return;
+        }
+        if !same_page {
+            self.cross_links.push(exit);
+        }
+        let (patch, already) = (x.patch, x.linked);
+        if already.is_some() {
+            return;
+        }
+        self.code.patch(patch, entry);
+        self.tables.exits[exit as usize].linked = Some(n as BlockId);
+        self.tables.blocks[n].incoming.push(exit);
+        self.stats.chained += 1;
+    }
+
+    /// Points an exit back at its stub.
+    pub(crate) fn unlink(&mut self, exit: u32) {
+        let x = &mut self.tables.exits[exit as usize];
+        if x.linked.take().is_some() {
+            let (patch, stub) = (x.patch, x.stub);
+            self.code.patch(patch, stub);
+        }
+    }
+
+    /// Makes a block unreachable. Its code stays in place until the cache is emptied.
+    pub(crate) fn kill_block(&mut self, id: BlockId) {
+        let b = &mut self.tables.blocks[id as usize];
+        if !b.live {
+            return;
+        }
+        b.live = false;
+        let (key, second, exits) = (b.key, b.second_page, b.exits.clone());
+        let incoming = std::mem::take(&mut b.incoming);
+        self.map.remove(&key);
+        for x in incoming {
+            if self.tables.exits[x as usize].linked == Some(id) {
+                self.unlink(x);
+            }
+        }
+        for x in exits {
+            self.unlink(x);
+        }
+        for page in [Some(key.gpa & !0xfff), second].into_iter().flatten() {
+            if let Some(p) = self.pages.get_mut(&page) {
+                p.blocks.retain(|&b| b != id);
+                if p.blocks.is_empty() {
+                    self.pages.remove(&page);
+                }
+            }
+        }
+        for view in 0..crate::state::VIEWS {
+            let n = key.rip as usize & (JC_ENTRIES - 1);
+            self.clear_jump_cache_entry(view, n);
+        }
+    }
+
+    /// Forgets all translated code. Nobody may be inside a block.
+    pub(crate) fn empty_cache(&mut self) {
+        self.cache_full = false;
+        self.stats.cache_flushes += 1;
+        self.map.clear();
+        self.pages.clear();
+        self.cross_links.clear();
+        self.tables.clear();
+        self.code.clear();
+        for view in 0..crate::state::VIEWS {
+            self.flush_jump_cache(view);
+        }
+    }
+}
+
+/// Linear address of the page behind the one that holds `la`.
+fn next_page(la: u64, mode: Mode) -> u64 {
+    let next = (la & !0xfff).wrapping_add(4096);
+    if mode.is64() { next } else { next & 0xffff_ffff }
+}

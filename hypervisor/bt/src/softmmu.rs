@@ -1,0 +1,431 @@
+//! Behind the soft TLB: fills, flushes, operands that cannot be reached in place, and stores into translated code.
+#![allow(unsafe_code)] // Copies between guest RAM and the bounce buffer.
+
+use crate::block::{BlockId, Site};
+use crate::engine::Engine;
+use crate::fetch::CodePage;
+use crate::state::{JC_ENTRIES, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_ntag};
+use paravane_cpu::mmu::{self, Access, AccessKind};
+use paravane_cpu::{Env, Exception, Seg, ea};
+
+/// Marks an empty soft-TLB entry.
+const NO_PAGE: u64 = u64::MAX;
+
+/// What became of an access that missed.
+pub(crate) enum Resolved {
+    /// The soft TLB has it now: start over.
+    Filled,
+    /// The operand is in the bounce buffer, at this host address.
+    Bounced(u64),
+    /// The store hits the very block it is in, which is gone now.
+    OwnCode,
+}
+
+/// One physically contiguous part of a bounced operand.
+#[derive(Clone, Copy, Debug, Default)]
+struct Piece {
+    gpa: u64,
+    len: usize,
+}
+
+/// Where the operand in the bounce buffer goes when it is written.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BounceTarget {
+    pieces: [Piece; 2],
+    /// Bytes to write, for masked vector stores; else all.
+    active: Option<u64>,
+}
+
+impl Engine {
+    /// Makes the operand at linear address `la` reachable.
+    pub(crate) fn resolve(&mut self, la: u64, s: &Site) -> Result<Resolved, Exception> {
+        let st = self.cpu();
+        let size = u64::from(s.size);
+        let last = la.wrapping_add(size - 1);
+        if st.code64() && !(mmu::is_canonical(la) && mmu::is_canonical(last)) {
+            return Err(if s.stack { Exception::StackFault(0) } else { Exception::GeneralProtection(0) });
+        }
+        let kind = if s.write { AccessKind::Write } else { AccessKind::Read };
+        if (la ^ last) >> 12 != 0 || last < la {
+            return self.bounce_access(la, s, kind);
+        }
+        let t = match mmu::walk(st, self, la, Access::current(st, kind)) {
+            Ok(t) => t,
+            Err(exc) if s.masked => return self.masked_access(la, s, kind, exc),
+            Err(exc) => return Err(exc),
+        };
+        let page = t.gpa & !0xfff;
+        let Some(hva) = self.ram.host(page, 4096) else { return self.bounce_access(la, s, kind) };
+        if s.write && self.pages.contains_key(&page) {
+            if self.overwrite(t.gpa, size, s.block) {
+                return Ok(Resolved::OwnCode);
+            }
+            if self.pages.contains_key(&page) {
+                return self.bounce_access(la, s, kind);
+            }
+        }
+        let writable = s.write || (t.writable && t.dirty);
+        self.fill(la, page, hva as u64, t.global, writable, t.page_shift > 12);
+        Ok(Resolved::Filled)
+    }
+
+    fn fill(&mut self, la: u64, page: u64, hva: u64, global: bool, writable: bool, large: bool) {
+        let view = crate::block::Mode(self.shared().mode).view();
+        let n = (la >> 12) as usize & (TLB_ENTRIES - 1);
+        let entry = &mut self.shared().tlb[view][n];
+        let ntag = (la & !0xfff).wrapping_neg();
+        if entry.gpa == NO_PAGE {
+            self.tlb_used[view].push(n as u16);
+        }
+        let was_writable = entry.ntag_r == ntag && entry.ntag_w == ntag && entry.gpa & !0xfff == page;
+        let write = (writable || was_writable) && !self.pages.contains_key(&page);
+        *entry = TlbEntry {
+            ntag_r: ntag,
+            ntag_w: if write { ntag } else { empty_ntag(n) },
+            hva,
+            gpa: page | if global { TLB_GLOBAL } else { 0 },
+        };
+        if large {
+            self.note_large(la);
+        }
+    }
+
+    /// Splits an access into at most two physical pieces, checking rights on both pages before anything happens.
+    fn pieces(&mut self, la: u64, size: usize, kind: AccessKind) -> Result<[Piece; 2], Exception> {
+        let st = self.cpu();
+        let first = (4096 - (la as usize & 0xfff)).min(size);
+        let access = Access::current(st, kind);
+        let a = mmu::walk(st, self, la, access)?;
+        let mut out = [Piece { gpa: a.gpa, len: first }, Piece::default()];
+        if first < size {
+            let mut next = la.wrapping_add(first as u64);
+            if !st.long_mode() {
+                next &= 0xffff_ffff;
+            }
+            let b = mmu::walk(st, self, next, access)?;
+            out[1] = Piece { gpa: b.gpa, len: size - first };
+        }
+        Ok(out)
+    }
+
+    /// Brings an operand into the bounce buffer.
+    fn bounce_access(&mut self, la: u64, s: &Site, kind: AccessKind) -> Result<Resolved, Exception> {
+        let pieces = match self.pieces(la, usize::from(s.size), kind) {
+            Ok(p) => p,
+            Err(exc) if s.masked => return self.masked_access(la, s, kind, exc),
+            Err(exc) => return Err(exc),
+        };
+        self.load_bounce(pieces, s)
+    }
+
+    fn load_bounce(&mut self, pieces: [Piece; 2], s: &Site) -> Result<Resolved, Exception> {
+        if s.write {
+            let mut own = false;
+            for p in pieces.iter().filter(|p| p.len > 0) {
+                own |= self.overwrite(p.gpa, p.len as u64, s.block);
+            }
+            if own {
+                return Ok(Resolved::OwnCode);
+            }
+        }
+        self.stats.bounced += 1;
+        self.bounce = BounceTarget { pieces, active: None };
+        let buf = &mut self.shared().bounce.0;
+        let mut at = 0;
+        for p in pieces.iter().filter(|p| p.len > 0) {
+            let part = &mut buf[at..at + p.len];
+            // A device must see reads only when there is one.
+            if s.read || self.ram.host(p.gpa, p.len as u64).is_some() {
+                self.read_phys(p.gpa, part);
+            }
+            at += p.len;
+        }
+        Ok(Resolved::Bounced(buf.as_ptr() as u64))
+    }
+
+    /// Writes the bounce buffer to where it belongs.
+    pub(crate) fn commit_bounce(&mut self) {
+        let BounceTarget { pieces, active } = self.bounce;
+        let buf = self.shared().bounce.0;
+        let mut at = 0;
+        for p in pieces.iter().filter(|p| p.len > 0) {
+            match active {
+                None => self.write_phys(p.gpa, &buf[at..at + p.len]),
+                Some(active) => {
+                for k in (0..p.len).filter(|k| active >> (at + k) & 1 != 0) {
+                    self.write_phys(p.gpa + k as u64, &buf[at + k..at + k + 1]);
+                }
+                }
+            }
+            at += p.len;
+        }
+    }
+
+    /// A masked vector access faulted as a whole: only its active bytes count (SDM vol. 1, section 15.6.4).
+    fn masked_access(&mut self, la: u64, s: &Site, kind: AccessKind, exc: Exception) -> Result<Resolved, Exception> {
+        let st = self.cpu();
+        let Some(active) = self.active_bytes(s) else { return Err(exc) };
+        let size = usize::from(s.size);
+        let first = (4096 - (la as usize & 0xfff)).min(size);
+        let low = if first >= 64 { u64::MAX } else { (1 << first) - 1 };
+        let access = Access::current(st, kind);
+        let mut pieces = [Piece::default(); 2];
+        // A page without active bytes is not touched at all.
+        if active & low != 0 {
+            pieces[0] = Piece { gpa: mmu::walk(st, self, la, access)?.gpa, len: first };
+        }
+        if first < size && active & !low != 0 {
+            let next = la.wrapping_add(first as u64);
+            pieces[1] = Piece { gpa: mmu::walk(st, self, next, access)?.gpa, len: size - first };
+        }
+        if s.write {
+            let mut own = false;
+            for p in pieces.iter().filter(|p| p.len > 0) {
+                own |= self.overwrite(p.gpa, p.len as u64, s.block);
+            }
+            if own {
+                return Ok(Resolved::OwnCode);
+            }
+        }
+        let buf = &mut self.shared().bounce.0;
+        buf[..size].fill(0);
+        if pieces[0].len > 0 {
+            self.read_phys(pieces[0].gpa, &mut buf[..first]);
+        }
+        if pieces[1].len > 0 {
+            self.read_phys(pieces[1].gpa, &mut buf[first..size]);
+        }
+        self.stats.bounced += 1;
+        // A piece that is not there still takes its place in the buffer.
+        let place = |n: usize, len: usize| if pieces[n].len > 0 { pieces[n] } else { Piece { gpa: 0, len } };
+        let pieces = [place(0, first), place(1, size - first)];
+        self.bounce = BounceTarget { pieces, active: Some(active) };
+        Ok(Resolved::Bounced(buf.as_ptr() as u64))
+    }
+
+    /// The bytes of a masked operand that its instruction really touches.
+    fn active_bytes(&mut self, s: &Site) -> Option<u64> {
+        let st = self.cpu();
+        st.rip = s.rip;
+        let mut bytes = [0u8; 15];
+        let base = if st.code64() { 0 } else { st.segment(Seg::Cs).base };
+        let n = paravane_cpu::mem::fetch(st, self, base.wrapping_add(s.rip), &mut bytes).ok()?;
+        let i = iced_x86::Decoder::with_ip(st.code_bits(), &bytes[..n], s.rip, iced_x86::DecoderOptions::NONE).decode();
+        masked_bytes(st, &i)
+    }
+
+    /// Linear address of an offset in a site's segment, checked against its limit and type.
+    pub(crate) fn segment_address(&mut self, s: &Site, offset: u64) -> Result<u64, Exception> {
+        const SEGS: [Seg; 6] = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs];
+        let st = self.cpu();
+        st.rip = s.rip;
+        ea::segmented(st, SEGS[usize::from(s.seg).min(5)], offset, usize::from(s.size), s.write)
+    }
+
+    /// As [`Self::resolve`], always by way of the bounce buffer. `None`: the store hits its own block.
+    pub(crate) fn resolve_segmented(&mut self, la: u64, s: &Site) -> Result<Option<u64>, Exception> {
+        let kind = if s.write { AccessKind::Write } else { AccessKind::Read };
+        match self.bounce_access(la, s, kind)? {
+            Resolved::Bounced(p) => Ok(Some(p)),
+            _ => Ok(None),
+        }
+    }
+
+    /// `len` bytes at `gpa` are about to be written: blocks made from them go. True when `block` is one of them.
+    pub(crate) fn overwrite(&mut self, gpa: u64, len: u64, block: BlockId) -> bool {
+        let before = self.tables.blocks[block as usize].live;
+        self.ram_written(gpa, len);
+        before && !self.tables.blocks[block as usize].live
+    }
+
+    /// Guest RAM changes at `gpa`: blocks made from those bytes go.
+    pub(crate) fn ram_written(&mut self, gpa: u64, len: u64) {
+        let mut page = gpa & !0xfff;
+        while page < gpa.saturating_add(len) {
+            if let Some(p) = self.pages.get(&page) {
+                let hit: Vec<BlockId> =
+                    p.blocks.iter().copied().filter(|&b| self.block_covers(b, gpa, len)).collect();
+                for b in hit {
+                    self.stats.smc_invalidations += 1;
+                    self.kill_block(b);
+                }
+            }
+            page += 4096;
+        }
+    }
+
+    fn block_covers(&self, id: BlockId, gpa: u64, len: u64) -> bool {
+        let b = &self.tables.blocks[id as usize];
+        let in_first = u64::from(b.guest_len).min(4096 - (b.key.gpa & 0xfff));
+        let overlaps = |start: u64, n: u64| gpa < start + n && start < gpa.saturating_add(len);
+        overlaps(b.key.gpa, in_first)
+            || b.second_page.is_some_and(|p| overlaps(p, u64::from(b.guest_len).saturating_sub(in_first)))
+    }
+
+    /// A block was made from a page: stores into it must be noticed from now on.
+    pub(crate) fn watch_page(&mut self, page: u64, id: BlockId) {
+        let p = self.pages.entry(page).or_insert_with(CodePage::default);
+        p.blocks.push(id);
+        if p.blocks.len() > 1 {
+            return;
+        }
+        for view in 0..VIEWS {
+            for &n in &self.tlb_used[view] {
+                let e = &mut self.shared().tlb[view][usize::from(n)];
+                if e.gpa & !0xfff == page {
+                    e.ntag_w = empty_ntag(usize::from(n));
+                }
+            }
+        }
+    }
+
+    // ---- flushes ----
+
+    pub(crate) fn clear_tlb_arrays(&mut self) {
+        for view in 0..VIEWS {
+            for n in 0..TLB_ENTRIES {
+                self.clear_tlb_entry(view, n);
+            }
+            self.tlb_used[view].clear();
+        }
+    }
+
+    fn clear_tlb_entry(&mut self, view: usize, n: usize) {
+        let t = empty_ntag(n);
+        self.shared().tlb[view][n] = TlbEntry { ntag_r: t, ntag_w: t, hva: 0, gpa: NO_PAGE };
+    }
+
+    pub(crate) fn clear_jump_cache_arrays(&mut self) {
+        for view in 0..VIEWS {
+            for n in 0..JC_ENTRIES {
+                self.clear_jump_cache_entry(view, n);
+            }
+            self.jc_used[view].clear();
+        }
+    }
+
+    pub(crate) fn clear_jump_cache_entry(&mut self, view: usize, n: usize) {
+        // An empty entry holds a RIP with other low bits than its index.
+        self.shared().jc[view].neg_rip[n] = ((n ^ (JC_ENTRIES / 2)) as u64).wrapping_neg();
+        self.shared().jc[view].host[n] = 0;
+    }
+
+    pub(crate) fn flush_jump_cache(&mut self, view: usize) {
+        for n in std::mem::take(&mut self.jc_used[view]) {
+            self.clear_jump_cache_entry(view, usize::from(n));
+        }
+    }
+
+    fn flush_code_mappings(&mut self) {
+        for view in 0..VIEWS {
+            self.flush_jump_cache(view);
+        }
+        for x in std::mem::take(&mut self.cross_links) {
+            self.unlink_cross(x);
+        }
+    }
+
+    fn unlink_cross(&mut self, x: u32) {
+        if let Some(to) = self.tables.exits[x as usize].linked {
+            self.tables.blocks[to as usize].incoming.retain(|&i| i != x);
+            self.unlink(x);
+        }
+    }
+
+    /// Drops every cached translation of addresses.
+    pub(crate) fn flush_all_translations(&mut self) {
+        self.stats.tlb_flushes += 1;
+        for view in 0..VIEWS {
+            for n in std::mem::take(&mut self.tlb_used[view]) {
+                self.clear_tlb_entry(view, usize::from(n));
+            }
+        }
+        self.large = [0; 16];
+        self.exec_tlb.clear();
+        self.flush_code_mappings();
+    }
+
+    /// Drops what a CR3 load drops.
+    pub(crate) fn flush_non_global(&mut self) {
+        self.stats.tlb_flushes += 1;
+        for view in 0..VIEWS {
+            let mut used = std::mem::take(&mut self.tlb_used[view]);
+            used.retain(|&n| {
+                let keep = self.shared().tlb[view][usize::from(n)].gpa & TLB_GLOBAL != 0;
+                if !keep {
+                    self.clear_tlb_entry(view, usize::from(n));
+                }
+                keep
+            });
+            self.tlb_used[view] = used;
+        }
+        self.exec_tlb.clear_non_global();
+        for view in 0..VIEWS {
+            let used = std::mem::take(&mut self.jc_used[view]);
+            let mut kept = Vec::with_capacity(used.len());
+            for n in used {
+                if self.jump_cache_entry_is_global(view, usize::from(n)) {
+                    kept.push(n);
+                } else {
+                    self.clear_jump_cache_entry(view, usize::from(n));
+                }
+            }
+            self.jc_used[view] = kept;
+        }
+    }
+
+    fn jump_cache_entry_is_global(&self, view: usize, n: usize) -> bool {
+        let host = self.shared().jc[view].host[n];
+        let Some(at) = self.code.offset_of(host) else { return false };
+        let k = self.tables.blocks.partition_point(|b| b.start <= at);
+        // A block whose last instruction crosses a page depends on a second mapping, which need not be global.
+        k.checked_sub(1).map(|k| &self.tables.blocks[k]).is_some_and(|b| {
+            b.key.mode.has(crate::block::Mode::GLOBAL) && b.second_page.is_none()
+        })
+    }
+
+    /// Drops one page.
+    pub(crate) fn flush_page(&mut self, la: u64) {
+        self.stats.tlb_page_flushes += 1;
+        let page = la & !0xfff;
+        if self.is_large(la) {
+            // Entries of 4 KiB stand for parts of a larger page: all within its reach go.
+            return self.flush_all_translations();
+        }
+        let n = (la >> 12) as usize & (TLB_ENTRIES - 1);
+        for view in 0..VIEWS {
+            let e = &self.shared().tlb[view][n];
+            if e.gpa != NO_PAGE && e.ntag_r == page.wrapping_neg() {
+                self.clear_tlb_entry(view, n);
+                if let Some(k) = self.tlb_used[view].iter().position(|&u| usize::from(u) == n) {
+                    self.tlb_used[view].swap_remove(k);
+                }
+            }
+        }
+        if self.exec_tlb.seen(page) {
+            self.exec_tlb.clear();
+            self.flush_code_mappings();
+        }
+    }
+
+    fn large_bit(la: u64) -> (usize, u64) {
+        let h = (la >> 21) ^ (la >> 33);
+        ((h >> 6) as usize & 15, 1 << (h & 63))
+    }
+
+    /// Remembers that the soft TLB holds parts of a large page around `la`.
+    pub(crate) fn note_large(&mut self, la: u64) {
+        let (w, b) = Self::large_bit(la);
+        self.large[w] |= b;
+    }
+
+    fn is_large(&self, la: u64) -> bool {
+        let (w, b) = Self::large_bit(la);
+        self.large[w] & b != 0
+    }
+}
+
+/// The bytes that a masked instruction touches, as a bit set, when it is one.
+fn masked_bytes(_st: &paravane_cpu::CpuState, _i: &iced_x86::Instruction) -> Option<u64> {
+    None
+}

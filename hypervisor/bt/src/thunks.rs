@@ -1,0 +1,302 @@
+//! The only doors between Rust code and translated code, both ways.
+//!
+//! Register convention inside translated code (see [`crate::regs`]): the stack pointer is the host's, aligned to 16;
+//! RCX and R15 are scratch; R13 holds the guest's RCX, R14 the guest's RSP; the guest's R13-R15 live in memory. Flags in
+//! [`paravane_cpu::state::rflags::NATIVE`] are the guest's, and the same bits of `cpu.rflags` are zero meanwhile.
+//!
+//! Every thunk that enters Rust stores the whole guest state first, the x87/SIMD registers only when they are live, so
+//! that Rust code always sees an exact [`paravane_cpu::CpuState`].
+#![allow(unsafe_code)] // Naked functions: the boundary itself cannot be written in safe Rust.
+
+use crate::callouts;
+use crate::state::BtState;
+use std::arch::naked_asm;
+use std::mem::offset_of;
+
+const GPR: usize = offset_of!(BtState, cpu.gpr);
+const RFLAGS: usize = offset_of!(BtState, cpu.rflags);
+const XSAVE: usize = offset_of!(BtState, cpu.xsave);
+const FPU_LIVE: usize = offset_of!(BtState, fpu_live);
+const XLO: usize = offset_of!(BtState, xmask_lo);
+const XHI: usize = offset_of!(BtState, xmask_hi);
+const MXCSR: usize = offset_of!(BtState, host_mxcsr);
+const HOST_RSP: usize = offset_of!(BtState, host_rsp);
+const ENGINE: usize = offset_of!(BtState, engine);
+const TMP: usize = offset_of!(BtState, tmp);
+
+/// Guest registers and flags to memory, then SIMD state when live. Clobbers RAX, RDX; leaves RCX and R15.
+macro_rules! save {
+    () => {
+        concat!(
+            "mov gs:[{gpr}+0*8], rax\n",
+            "mov gs:[{gpr}+1*8], r13\n",
+            "mov gs:[{gpr}+2*8], rdx\n",
+            "mov gs:[{gpr}+3*8], rbx\n",
+            "mov gs:[{gpr}+4*8], r14\n",
+            "mov gs:[{gpr}+5*8], rbp\n",
+            "mov gs:[{gpr}+6*8], rsi\n",
+            "mov gs:[{gpr}+7*8], rdi\n",
+            "mov gs:[{gpr}+8*8], r8\n",
+            "mov gs:[{gpr}+9*8], r9\n",
+            "mov gs:[{gpr}+10*8], r10\n",
+            "mov gs:[{gpr}+11*8], r11\n",
+            "mov gs:[{gpr}+12*8], r12\n",
+            "pushfq\n",
+            "pop rax\n",
+            "cld\n",
+            "and eax, 0xcd5\n",
+            "or gs:[{rflags}], rax\n",
+            "cmp dword ptr gs:[{fpu}], 0\n",
+            "je 9f\n",
+            "mov eax, gs:[{xlo}]\n",
+            "mov edx, gs:[{xhi}]\n",
+            "xsave64 gs:[{xsave}]\n",
+            "mov dword ptr gs:[{fpu}], 0\n",
+            "ldmxcsr gs:[{mxcsr}]\n",
+            "9:\n",
+        )
+    };
+}
+
+/// Guest registers and flags from memory. Leaves RCX and R15.
+macro_rules! restore {
+    () => {
+        concat!(
+            "mov rax, gs:[{rflags}]\n",
+            "mov edx, eax\n",
+            "and edx, 0xcd5\n",
+            "xor rax, rdx\n",
+            "mov gs:[{rflags}], rax\n",
+            "or edx, 0x202\n",
+            "push rdx\n",
+            "popfq\n",
+            "mov rax, gs:[{gpr}+0*8]\n",
+            "mov r13, gs:[{gpr}+1*8]\n",
+            "mov rdx, gs:[{gpr}+2*8]\n",
+            "mov rbx, gs:[{gpr}+3*8]\n",
+            "mov r14, gs:[{gpr}+4*8]\n",
+            "mov rbp, gs:[{gpr}+5*8]\n",
+            "mov rsi, gs:[{gpr}+6*8]\n",
+            "mov rdi, gs:[{gpr}+7*8]\n",
+            "mov r8, gs:[{gpr}+8*8]\n",
+            "mov r9, gs:[{gpr}+9*8]\n",
+            "mov r10, gs:[{gpr}+10*8]\n",
+            "mov r11, gs:[{gpr}+11*8]\n",
+            "mov r12, gs:[{gpr}+12*8]\n",
+        )
+    };
+}
+
+/// Host callee-saved registers back, and return to [`enter`]'s caller with RAX.
+macro_rules! leave {
+    () => {
+        concat!(
+            "mov rsp, gs:[{host_rsp}]\n",
+            "add rsp, 8\n",
+            "pop r15\n",
+            "pop r14\n",
+            "pop r13\n",
+            "pop r12\n",
+            "pop rbp\n",
+            "pop rbx\n",
+            "ret\n",
+        )
+    };
+}
+
+/// After a callout: RAX = value or target, RDX = [`callouts::Back`] bits. Continue in the block (RCX = RAX), jump
+/// to a block, or leave. Expects the return address of the block on the stack.
+macro_rules! back {
+    () => {
+        concat!(
+            "test edx, 4\n",
+            "jnz 7f\n",
+            "mov rcx, rax\n",
+            "mov r15d, edx\n",
+            "test edx, 1\n",
+            "jz 8f\n",
+            "mov eax, gs:[{xlo}]\n",
+            "mov edx, gs:[{xhi}]\n",
+            "xrstor64 gs:[{xsave}]\n",
+            "mov dword ptr gs:[{fpu}], 1\n",
+            "8:\n",
+            "test r15d, 2\n",
+            "jnz 6f\n",
+            restore!(),
+            "ret\n",
+            "6:\n",
+            "mov rsp, gs:[{host_rsp}]\n",
+            restore!(),
+            "jmp rcx\n",
+            "7:\n",
+            leave!(),
+        )
+    };
+}
+
+macro_rules! operands {
+    ($($body:expr),+ ; $($extra:tt)*) => {
+        naked_asm!(
+            $($body),+,
+            gpr = const GPR,
+            rflags = const RFLAGS,
+            xsave = const XSAVE,
+            fpu = const FPU_LIVE,
+            xlo = const XLO,
+            xhi = const XHI,
+            mxcsr = const MXCSR,
+            host_rsp = const HOST_RSP,
+            $($extra)*
+        )
+    };
+}
+
+/// Runs translated code at `target` until it leaves; gives the exit code.
+///
+/// # Safety
+/// The GS base must point at this thread's [`BtState`], and `target` must be the entry of a live block of its cache.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn enter(target: u64) -> u64 {
+    naked_asm!(
+        "push rbx",
+        "push rbp",
+        "push r12",
+        "push r13",
+        "push r14",
+        "push r15",
+        "sub rsp, 8",
+        "mov gs:[{host_rsp}], rsp",
+        "mov rcx, rdi",
+        restore!(),
+        "jmp rcx",
+        gpr = const GPR,
+        rflags = const RFLAGS,
+        host_rsp = const HOST_RSP,
+    )
+}
+
+/// [`crate::state::Thunk::Exit`]: R15 = exit code.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn exit() {
+    operands!(save!(), "mov rax, r15", leave!();)
+}
+
+/// Where a signal handler sends a vCPU thread whose translated code faulted; registers are the guest's.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn fault() {
+    operands!("mov rsp, gs:[{host_rsp}]", save!(), "mov eax, {code}", leave!(); code = const crate::dispatch::EXIT_FAULT,)
+}
+
+/// [`crate::state::Thunk::Mem`], called: RCX = linear address, R15D = site.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn mem() {
+    operands!(
+        save!(),
+        "mov rdi, gs:[{engine}]",
+        "mov rsi, rcx",
+        "mov edx, r15d",
+        "sub rsp, 8",
+        "call {f}",
+        "add rsp, 8",
+        back!();
+        engine = const ENGINE,
+        f = sym callouts::mem,
+    )
+}
+
+/// [`crate::state::Thunk::SegMem`], called: RCX = offset, R15D = site.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn seg_mem() {
+    operands!(
+        save!(),
+        "mov rdi, gs:[{engine}]",
+        "mov rsi, rcx",
+        "mov edx, r15d",
+        "sub rsp, 8",
+        "call {f}",
+        "add rsp, 8",
+        back!();
+        engine = const ENGINE,
+        f = sym callouts::seg_mem,
+    )
+}
+
+/// [`crate::state::Thunk::Commit`], called: R15D = site.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn commit() {
+    operands!(
+        save!(),
+        "mov rdi, gs:[{engine}]",
+        "mov esi, r15d",
+        "sub rsp, 8",
+        "call {f}",
+        "add rsp, 8",
+        back!();
+        engine = const ENGINE,
+        f = sym callouts::commit,
+    )
+}
+
+/// [`crate::state::Thunk::Emulate`], called: R15D = callout.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn emulate() {
+    operands!(
+        save!(),
+        "mov rdi, gs:[{engine}]",
+        "mov esi, r15d",
+        "sub rsp, 8",
+        "call {f}",
+        "add rsp, 8",
+        back!();
+        engine = const ENGINE,
+        f = sym callouts::emulate,
+    )
+}
+
+/// [`crate::state::Thunk::Lookup`], jumped to: the target is in `cpu.rip`.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn lookup() {
+    operands!(
+        save!(),
+        "mov rdi, gs:[{engine}]",
+        "call {f}",
+        back!();
+        engine = const ENGINE,
+        f = sym callouts::lookup,
+    )
+}
+
+/// [`crate::state::Thunk::Chain`], jumped to: R15D = exit.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn chain() {
+    operands!(
+        save!(),
+        "mov rdi, gs:[{engine}]",
+        "mov esi, r15d",
+        "call {f}",
+        back!();
+        engine = const ENGINE,
+        f = sym callouts::chain,
+    )
+}
+
+/// [`crate::state::Thunk::LoadFpu`], called. Leaves all general-purpose registers and flags alone.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn load_fpu() {
+    naked_asm!(
+        "mov gs:[{tmp}+16], rax",
+        "mov gs:[{tmp}+24], rdx",
+        "mov eax, gs:[{xlo}]",
+        "mov edx, gs:[{xhi}]",
+        "xrstor64 gs:[{xsave}]",
+        "mov dword ptr gs:[{fpu}], 1",
+        "mov rax, gs:[{tmp}+16]",
+        "mov rdx, gs:[{tmp}+24]",
+        "ret",
+        tmp = const TMP,
+        xlo = const XLO,
+        xhi = const XHI,
+        xsave = const XSAVE,
+        fpu = const FPU_LIVE,
+    )
+}

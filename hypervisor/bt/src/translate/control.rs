@@ -1,0 +1,424 @@
+//! Control flow and the stack: jumps, calls, returns, push, pop, and every way out of a block.
+//!
+//! A direct exit within a page (or between global pages) is a patchable jump that is linked to its target on first use. All
+//! other exits go through the jump cache, an inline hash from RIP to host code that is emptied whenever a mapping of code
+//! changes. Backward exits poll a page that is protected when somebody wants the vCPU's attention.
+
+use super::memory::{Access, Dest, Ea, MemOp, Value};
+use super::{RawExit, Translator};
+use crate::asm::{H, M};
+use crate::block::{Action, FaultKind, Mode};
+use crate::regs::{Home, Width, gpr_of, home, host_name};
+use crate::state::{JC_ENTRIES, Thunk, off};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+
+impl Translator<'_> {
+    pub(crate) fn branch_target(&self, i: &Instruction) -> u64 {
+        self.wrap(i.near_branch_target())
+    }
+
+    /// Reads the page that is protected when the vCPU must come out.
+    fn poll(&mut self, kind: FaultKind) {
+        let at = self.asm.pos();
+        self.asm.load32(H::R15, M::gs(off::POLL));
+        self.fault_site(at, kind);
+    }
+
+    /// Whether an exit to `target` may be a patchable jump.
+    fn linkable(&self, target: u64) -> bool {
+        !self.mode.alone() && (target >> 12 == self.start_rip >> 12 || (self.mode.has(Mode::GLOBAL) && self.mode.has(Mode::FLAT)))
+    }
+
+    /// Leaves for a known RIP, unconditionally.
+    pub(crate) fn exit_to(&mut self, target: u64, mode: Mode, backward: bool) {
+        if self.mode.has(Mode::STEP) {
+            self.asm.mov_imm(H::RCX, target);
+            self.exit_rcx();
+            return;
+        }
+        if backward {
+            self.poll(FaultKind::Poll { rip: target });
+        }
+        if self.linkable(target) {
+            let stub = self.asm.label();
+            let patch = self.asm.jump_patchable(None, stub);
+            self.add_exit(target, mode, patch, stub);
+            return;
+        }
+        self.asm.mov_imm(H::RCX, target);
+        self.asm.store(M::gs(off::RIP), H::RCX);
+        if mode != self.mode || self.mode.alone() || !self.mode.has(Mode::FLAT) {
+            self.asm.jmp_mem(M::gs(Thunk::Lookup.offset()));
+            return;
+        }
+        let view = self.mode.view();
+        let slot = (target as usize & (JC_ENTRIES - 1)) as i32 * 8;
+        let (hit, a) = (self.asm.label(), &mut self.asm);
+        a.load(H::R15, M::gs(off::jc_tags(view) + slot));
+        a.lea(H::RCX, M::base_index(H::R15, H::RCX));
+        a.jrcxz(hit);
+        a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+        a.bind(hit);
+        a.jmp_mem(M::gs(off::jc_hosts(view) + slot));
+    }
+
+    fn add_exit(&mut self, target_rip: u64, target_mode: Mode, patch: u32, stub: crate::asm::Label) {
+        self.stubs.push((self.exits.len() as u32, stub));
+        self.exits.push(RawExit { target_rip, target_mode, patch, stub: 0 });
+    }
+
+    /// Leaves for the RIP in RCX.
+    pub(crate) fn exit_rcx(&mut self) {
+        if self.mode.has(Mode::STEP) {
+            self.asm.store(M::gs(off::RIP), H::RCX);
+            // StepDone takes the RIP it finds in the state.
+            let i = Instruction::default();
+            self.callout(&i, Action::StepDone);
+            self.asm.ud2();
+            return;
+        }
+        let a = &mut self.asm;
+        a.store(M::gs(off::RIP), H::RCX);
+        if self.mode.alone() || !self.mode.has(Mode::FLAT) {
+            a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+            return;
+        }
+        self.poll(FaultKind::PollIndirect);
+        let view = self.mode.view();
+        let a = &mut self.asm;
+        let hit = a.label();
+        a.store(M::gs(off::TMP), H::RDX);
+        a.pext(H::R15, H::RCX, M::gs(off::JC_MASK));
+        a.load(H::RDX, M::gs_index(H::R15, 3, off::jc_tags(view)));
+        a.lea(H::RCX, M::base_index(H::RDX, H::RCX));
+        a.load(H::RDX, M::gs(off::TMP));
+        a.jrcxz(hit);
+        a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+        a.bind(hit);
+        a.jmp_mem(M::gs_index(H::R15, 3, off::jc_hosts(view)));
+    }
+
+    /// Leaves for `next` by way of Rust when an interrupt waits for IF.
+    pub(crate) fn irq_window_exit(&mut self, next: u64) {
+        let a = &mut self.asm;
+        let clear = a.label();
+        a.load32(H::RCX, M::gs(off::IRQ_WINDOW));
+        a.jrcxz(clear);
+        a.mov_imm(H::RCX, next);
+        a.store(M::gs(off::RIP), H::RCX);
+        a.mov_imm(H::R15, crate::dispatch::EXIT_RESYNC);
+        a.jmp_mem(M::gs(Thunk::Exit.offset()));
+        a.bind(clear);
+    }
+
+    pub(crate) fn jcc(&mut self, i: &Instruction) {
+        // iced numbers conditions from 1 in the order of the opcodes.
+        let cond = i.condition_code() as u8 - 1;
+        let (target, next) = (self.branch_target(i), self.cur_next);
+        let backward = target <= i.ip();
+        let direct = |t: &Self, to: u64| t.linkable(to) && !t.mode.has(Mode::STEP);
+        if !backward && direct(self, target) {
+            let stub = self.asm.label();
+            let patch = self.asm.jump_patchable(Some(cond), stub);
+            self.add_exit(target, self.mode, patch, stub);
+            self.exit_to(next, self.mode, false);
+        } else if direct(self, next) {
+            let stub = self.asm.label();
+            let patch = self.asm.jump_patchable(Some(cond ^ 1), stub);
+            self.add_exit(next, self.mode, patch, stub);
+            self.exit_to(target, self.mode, backward);
+        } else {
+            let taken = self.asm.label();
+            self.asm.jcc(cond, taken);
+            self.exit_to(next, self.mode, false);
+            self.asm.bind(taken);
+            self.exit_to(target, self.mode, backward);
+        }
+    }
+
+    pub(crate) fn loop_or_jrcxz(&mut self, i: &Instruction) {
+        let (target, next) = (self.branch_target(i), self.cur_next);
+        let bits = match i.mnemonic() {
+            Mnemonic::Jrcxz => 64,
+            Mnemonic::Jecxz => 32,
+            Mnemonic::Jcxz => 16,
+            _ => match i.code().op_code().address_size() {
+                0 => self.mode.bits(),
+                n => n,
+            },
+        };
+        let is_loop = i.mnemonic() == Mnemonic::Loop;
+        let a = &mut self.asm;
+        if is_loop {
+            match bits {
+                64 => a.lea(H::R13, M::base(H::R13, -1)),
+                32 => a.lea32(H::R13, M::base(H::R13, -1)),
+                _ => {
+                    // Only CX counts; the rest of the register stays.
+                    a.lea32(H::RCX, M::base(H::R13, -1));
+                    a.store(M::gs(off::TMP), H::R13);
+                    a.store16(M::gs(off::TMP), H::RCX);
+                    a.load(H::R13, M::gs(off::TMP));
+                }
+            }
+        }
+        match bits {
+            64 => a.mov(H::RCX, H::R13),
+            32 => a.mov32(H::RCX, H::R13),
+            _ => a.movzx16(H::RCX, H::R13),
+        }
+        let zero = a.label();
+        let other = a.label();
+        a.jrcxz(zero);
+        a.jmp(other);
+        a.bind(zero);
+        // JRCXZ has a short reach: both continuations are jumped to.
+        let at_zero = a.label();
+        a.jmp(at_zero);
+        a.bind(other);
+        let (if_zero, if_not) = if is_loop { (next, target) } else { (target, next) };
+        self.exit_to(if_not, self.mode, if_not <= i.ip());
+        self.asm.bind(at_zero);
+        self.exit_to(if_zero, self.mode, if_zero <= i.ip());
+    }
+
+    /// Width of a stack slot for an instruction, in bytes.
+    fn slot(&self, i: &Instruction) -> u8 {
+        match i.stack_pointer_increment().unsigned_abs() {
+            2 => 2,
+            4 => 4,
+            8 => 8,
+            _ => (self.mode.bits() / 8) as u8,
+        }
+    }
+
+    /// Moves the guest's stack pointer.
+    fn adjust_rsp(&mut self, by: i32) {
+        if self.mode.is64() {
+            self.asm.lea(H::R14, M::base(H::R14, by));
+        } else {
+            self.asm.lea32(H::R14, M::base(H::R14, by));
+        }
+    }
+
+    fn push_value(&mut self, v: Value, size: u8, flags_live: bool) {
+        let acc = Access {
+            ea: Ea::stack(-i64::from(size), self.mode),
+            size: u16::from(size),
+            read: false,
+            write: true,
+            masked: false,
+            flags_live,
+        };
+        self.emit_access(acc, MemOp::Store(v, size));
+    }
+
+    fn load_from(&mut self, ea: Ea, size: u8, dest: Dest, flags_live: bool) {
+        let acc = Access {
+            ea,
+            size: u16::from(size),
+            read: true,
+            write: false,
+            masked: false,
+            flags_live,
+        };
+        self.emit_access(acc, MemOp::Load(dest, size));
+    }
+
+    fn value_of(&self, n: usize) -> Value {
+        match home(n) {
+            Home::Host(h) => Value::Reg(h),
+            Home::Spilled(n) => Value::Gs(off::gpr(n)),
+        }
+    }
+
+    pub(crate) fn push(&mut self, i: &Instruction, flags_live: bool) {
+        let size = self.slot(i);
+        let v = match i.op0_kind() {
+            OpKind::Register => match gpr_of(i.op0_register()) {
+                Some((n, _)) => self.value_of(n),
+                None => return self.callout(i, Action::Emulate),
+            },
+            OpKind::Memory => {
+                self.load_from(Ea::of(i, self.mode), size, Dest::Gs(off::TMP + 16), flags_live);
+                Value::Gs(off::TMP + 16)
+            }
+            _ => Value::Imm(i.immediate(0)),
+        };
+        let v = match v {
+            Value::Imm(x) if size == 4 => Value::Imm(x & 0xffff_ffff),
+            Value::Imm(x) if size == 2 => Value::Imm(x & 0xffff),
+            v => v,
+        };
+        // The stored register must be one whose low part a plain MOV can name at any width: all but the first
+        // eight's byte forms are, and PUSH has no byte form.
+        self.push_value(v, size, flags_live);
+        self.adjust_rsp(-i32::from(size));
+    }
+
+    pub(crate) fn pop(&mut self, i: &Instruction, flags_live: bool) {
+        let size = self.slot(i);
+        if i.op0_kind() != OpKind::Register || size == 2 {
+            return self.callout(i, Action::Emulate);
+        }
+        let Some((n, _)) = gpr_of(i.op0_register()) else { return self.callout(i, Action::Emulate) };
+        let dest = match home(n) {
+            Home::Host(h) => Dest::Reg(h),
+            Home::Spilled(n) => Dest::Gs(off::gpr(n)),
+        };
+        self.load_from(Ea::stack(0, self.mode), size, dest, flags_live);
+        if n != 4 {
+            self.adjust_rsp(i32::from(size));
+        }
+    }
+
+    pub(crate) fn leave(&mut self, i: &Instruction, flags_live: bool) {
+        let size = self.slot(i);
+        if size == 2 {
+            return self.callout(i, Action::Emulate);
+        }
+        // The frame is read through RBP before anything changes, so that a fault leaves all as it was.
+        let ea = Ea { base: Some(5), ..Ea::stack(0, self.mode) };
+        self.load_from(ea, size, Dest::Gs(off::TMP + 16), flags_live);
+        if self.mode.is64() {
+            self.asm.lea(H::R14, M::base(H::RBP, i32::from(size)));
+        } else {
+            self.asm.lea32(H::R14, M::base(H::RBP, i32::from(size)));
+        }
+        self.asm.load(H::RBP, M::gs(off::TMP + 16));
+    }
+
+    pub(crate) fn call_direct(&mut self, i: &Instruction, flags_live: bool) {
+        let size = self.slot(i);
+        if size == 2 {
+            return self.callout(i, Action::Emulate);
+        }
+        let target = self.branch_target(i);
+        self.push_value(Value::Imm(self.cur_next), size, flags_live);
+        self.adjust_rsp(-i32::from(size));
+        self.exit_to(target, self.mode, target <= i.ip());
+    }
+
+    /// Loads an indirect branch's target into `gs:[TMP+16]`.
+    fn branch_operand(&mut self, i: &Instruction, flags_live: bool) -> bool {
+        let size = (self.mode.bits() / 8) as u8;
+        match i.op0_kind() {
+            OpKind::Register => {
+                let Some((n, w)) = gpr_of(i.op0_register()) else { return false };
+                if w == Width::B16 {
+                    return false;
+                }
+                match home(n) {
+                    Home::Host(h) => self.asm.mov(H::RCX, h),
+                    Home::Spilled(n) => self.asm.load(H::RCX, M::gs(off::gpr(n))),
+                }
+                self.asm.store(M::gs(off::TMP + 16), H::RCX);
+                true
+            }
+            OpKind::Memory => {
+                if i.memory_size().size() != usize::from(size) {
+                    return false;
+                }
+                self.load_from(Ea::of(i, self.mode), size, Dest::Gs(off::TMP + 16), flags_live);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(crate) fn call_indirect(&mut self, i: &Instruction, flags_live: bool) {
+        let size = (self.mode.bits() / 8) as u8;
+        if !self.branch_operand(i, flags_live) {
+            return self.callout(i, Action::Emulate);
+        }
+        self.push_value(Value::Imm(self.cur_next), size, flags_live);
+        self.adjust_rsp(-i32::from(size));
+        self.asm.load(H::RCX, M::gs(off::TMP + 16));
+        self.exit_rcx();
+    }
+
+    pub(crate) fn jmp_indirect(&mut self, i: &Instruction, flags_live: bool) {
+        if i.op0_kind() == OpKind::Register && gpr_of(i.op0_register()).is_some_and(|(_, w)| w != Width::B16) {
+            let Some((n, _)) = gpr_of(i.op0_register()) else { return };
+            match home(n) {
+                Home::Host(h) => self.asm.mov(H::RCX, h),
+                Home::Spilled(n) => self.asm.load(H::RCX, M::gs(off::gpr(n))),
+            }
+            return self.exit_rcx();
+        }
+        let size = (self.mode.bits() / 8) as u8;
+        if i.op0_kind() != OpKind::Memory || i.memory_size().size() != usize::from(size) {
+            return self.callout(i, Action::Emulate);
+        }
+        self.load_from(Ea::of(i, self.mode), size, Dest::Reg(H::RCX), flags_live);
+        self.exit_rcx();
+    }
+
+    pub(crate) fn ret(&mut self, i: &Instruction, flags_live: bool) {
+        let size = self.slot_of_ret(i);
+        if size == 2 {
+            return self.callout(i, Action::Emulate);
+        }
+        let extra = if i.op_count() == 1 { i32::from(i.immediate16()) } else { 0 };
+        self.load_from(Ea::stack(0, self.mode), size, Dest::Reg(H::RCX), flags_live);
+        self.adjust_rsp(i32::from(size) + extra);
+        self.exit_rcx();
+    }
+
+    fn slot_of_ret(&self, i: &Instruction) -> u8 {
+        use iced_x86::Code as C;
+        match i.code() {
+            C::Retnw | C::Retnw_imm16 => 2,
+            C::Retnd | C::Retnd_imm16 => 4,
+            _ => 8,
+        }
+    }
+
+    /// LEA is arithmetic: no lookup, but the address must be computed as the guest would.
+    pub(crate) fn lea(&mut self, i: &Instruction) {
+        let Some((n, w)) = gpr_of(i.op0_register()) else { return };
+        let ea = Ea::of(i, self.mode);
+        // A plain 64-bit form with everything in host registers stays one instruction.
+        let in_host = |g: Option<usize>| g.is_none_or(|g| matches!(home(g), Home::Host(_)));
+        if let (64, Width::B64, Home::Host(d)) = (ea.bits, w, home(n))
+            && ea.base.is_some()
+            && in_host(ea.base)
+            && in_host(ea.index.map(|x| x.0))
+        {
+            let host = |g: usize| match home(g) {
+                Home::Host(h) => h,
+                Home::Spilled(_) => unreachable!("checked above"),
+            };
+            let m = M {
+                base: ea.base.map(host),
+                index: ea.index.map(|(x, s)| (host(x), s)),
+                disp: ea.disp as i32,
+                gs: false,
+            };
+            self.asm.lea(d, m);
+            return;
+        }
+        self.emit_ea(&ea, false);
+        match (home(n), w) {
+            (Home::Host(d), Width::B64) => self.asm.mov(d, H::RCX),
+            (Home::Host(d), Width::B32) => self.asm.mov32(d, H::RCX),
+            (Home::Spilled(n), Width::B64) => self.asm.store(M::gs(off::gpr(n)), H::RCX),
+            (Home::Spilled(n), Width::B32) => {
+                self.asm.mov32(H::RCX, H::RCX);
+                self.asm.store(M::gs(off::gpr(n)), H::RCX);
+            }
+            (Home::Spilled(n), _) => self.asm.store16(M::gs(off::gpr(n)), H::RCX),
+            (Home::Host(d), _) => {
+                let mut mov = Instruction::new();
+                mov.set_code(iced_x86::Code::Mov_r16_rm16);
+                mov.set_op0_kind(OpKind::Register);
+                mov.set_op0_register(host_name(d, Width::B16));
+                mov.set_op1_kind(OpKind::Register);
+                mov.set_op1_register(Register::CX);
+                if let Err(e) = self.asm.guest(&mov) {
+                    self.encode_failed(i, &e);
+                }
+            }
+        }
+    }
+}

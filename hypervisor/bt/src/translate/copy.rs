@@ -1,0 +1,322 @@
+//! Copied instructions: registers mapped to their homes, the memory operand redirected, everything else as it was.
+
+use super::memory::{Access, Ea, Loc, MemOp};
+use super::{Pending, Translator};
+use crate::asm::{H, M};
+use crate::block::FaultKind;
+use crate::regs::{Home, Width, gpr_of, home, host_name};
+use crate::state::off;
+use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
+
+/// Guest register numbers that an instruction names and that need a temporary, with what happens to them.
+#[derive(Clone, Copy, Default)]
+struct Temp {
+    guest: usize,
+    read: bool,
+    write: bool,
+}
+
+/// Registers that may be borrowed for a moment, and guest registers they hold otherwise.
+const LENDERS: [H; 8] = [H::RBX, H::RSI, H::RDI, H::RBP, H(8), H(9), H(10), H(11)];
+
+impl Translator<'_> {
+    /// Translates an instruction of class Copy.
+    pub(crate) fn copy(&mut self, i: &Instruction, flags_live: bool) {
+        let mut i = *i;
+        canonical_form(&mut i);
+        if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
+            let acc = self.access_of(&i, flags_live);
+            self.emit_access(acc, MemOp::Guest(i));
+        } else {
+            self.emit_guest(&i, None);
+        }
+    }
+
+    /// The access that an instruction's memory operand makes.
+    pub(crate) fn access_of(&mut self, i: &Instruction, flags_live: bool) -> Access {
+        let info = self.info.info_options(i, InstructionInfoOptions::NO_REGISTER_USAGE);
+        let how = info.used_memory().first().map_or(OpAccess::Read, |m| m.access());
+        let (read, write) = match how {
+            OpAccess::Write | OpAccess::CondWrite => (false, true),
+            OpAccess::ReadWrite | OpAccess::ReadCondWrite => (true, true),
+            _ => (true, false),
+        };
+        let masked = matches!(how, OpAccess::CondRead | OpAccess::CondWrite) || i.has_op_mask();
+        let size = i.memory_size();
+        let size = if i.is_broadcast() { size.element_size() } else { size.size() };
+        Access { ea: Ea::of(i, self.mode), size: size.max(1) as u16, read, write, masked, flags_live }
+    }
+
+    /// Emits one guest instruction, its memory operand (if any) at `loc`.
+    pub(crate) fn emit_guest(&mut self, i: &Instruction, loc: Option<Loc>) {
+        let mut out = *i;
+        let high = (0..i.op_count())
+            .any(|n| i.op_kind(n) == OpKind::Register && gpr_of(i.op_register(n)).is_some_and(|(_, w)| w == Width::High8));
+        let implicit = implicit_rcx(i);
+        // The guest's RCX must be in a register that can be CL or CH when the instruction insists on it.
+        let mut real_rcx = implicit.0 || implicit.1;
+        let mut temps = [Temp::default(); 4];
+        let mut count = 0;
+        let mut used = 0u16; // Host registers the instruction names, by number.
+        let mut names_rcx = false;
+        for n in 0..i.op_count() {
+            if i.op_kind(n) != OpKind::Register {
+                continue;
+            }
+            let Some((g, w)) = gpr_of(i.op_register(n)) else { continue };
+            if g == 1 {
+                names_rcx = true;
+                if w == Width::High8 {
+                    real_rcx = true;
+                }
+            }
+            match home(g) {
+                Home::Host(h) => used |= 1 << h.0,
+                Home::Spilled(_) => {
+                    if !temps[..count].iter().any(|t| t.guest == g) {
+                        temps[count].guest = g;
+                        count += 1;
+                    }
+                }
+            }
+        }
+        used |= implicit_hosts(i);
+        real_rcx |= high && names_rcx;
+        let (mut rcx_read, mut rcx_write) = implicit;
+        if count > 0 || (real_rcx && names_rcx) {
+            let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
+            for n in 0..i.op_count() {
+                if i.op_kind(n) != OpKind::Register {
+                    continue;
+                }
+                let Some((g, w)) = gpr_of(i.op_register(n)) else { continue };
+                let (r, wr) = match info.op_access(n) {
+                    OpAccess::Write => (!matches!(w, Width::B32 | Width::B64), true),
+                    OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => (true, true),
+                    _ => (true, false),
+                };
+                if g == 1 {
+                    rcx_read |= r;
+                    rcx_write |= wr;
+                }
+                for t in &mut temps[..count] {
+                    if t.guest == g {
+                        t.read |= r;
+                        t.write |= wr;
+                    }
+                }
+            }
+        }
+
+        // Decide where the memory operand is and which scratch registers are left.
+        let mut free = [Some(H::R15), Some(H::RCX)];
+        let mut mem = M::base(H::RCX, 0);
+        let mut rcx_host = H::RCX;
+        let mut borrowed = None;
+        match loc {
+            None => {}
+            Some(loc) if high => {
+                // A high-byte register forbids REX, so the address must be in RCX alone.
+                if loc == Loc::Indexed {
+                    self.asm.lea(H::RCX, M::base_index(H::R15, H::RCX));
+                }
+                free = [None, None];
+                if real_rcx {
+                    let lender = [H::RBX, H::RDX, H::RAX].into_iter().find(|h| used & (1 << h.0) == 0);
+                    let Some(h) = lender else { unreachable!("two operands cannot name three registers") };
+                    self.asm.store(M::gs(off::TMP + 8), h);
+                    borrowed = Some(h);
+                    rcx_host = h;
+                }
+            }
+            Some(Loc::Indexed) if count == 0 && !real_rcx => mem = M::base_index(H::R15, H::RCX),
+            Some(Loc::Indexed) => {
+                self.asm.lea(H::R15, M::base_index(H::R15, H::RCX));
+                mem = M::base(H::R15, 0);
+                free[0] = None;
+            }
+            Some(Loc::Rcx) if real_rcx => {
+                self.asm.mov(H::R15, H::RCX);
+                mem = M::base(H::R15, 0);
+                free[0] = None;
+            }
+            Some(Loc::Rcx) => free[1] = None,
+        }
+        if real_rcx {
+            if rcx_host == H::RCX {
+                free[1] = None;
+            }
+            if rcx_read {
+                self.asm.mov(rcx_host, H::R13);
+            }
+        }
+        let mut place = [H::R15; 4];
+        for k in 0..count {
+            place[k] = match free.iter_mut().find_map(Option::take) {
+                Some(h) => h,
+                None => {
+                    let lender = LENDERS.into_iter().find(|h| used & (1 << h.0) == 0);
+                    let Some(h) = lender else { unreachable!("no instruction names all lenders") };
+                    assert!(borrowed.is_none(), "an instruction needs at most one borrowed register");
+                    self.asm.store(M::gs(off::TMP + 8), h);
+                    borrowed = Some(h);
+                    h
+                }
+            };
+            if temps[k].read {
+                self.asm.load(place[k], M::gs(off::gpr(temps[k].guest)));
+            }
+        }
+
+        // Rewrite the operands.
+        for n in 0..i.op_count() {
+            match i.op_kind(n) {
+                OpKind::Register => {
+                    let Some((g, w)) = gpr_of(i.op_register(n)) else { continue };
+                    let host = match home(g) {
+                        _ if g == 1 && real_rcx => rcx_host,
+                        Home::Host(h) => h,
+                        Home::Spilled(_) => {
+                            let k = temps[..count].iter().position(|t| t.guest == g).unwrap_or(0);
+                            place[k]
+                        }
+                    };
+                    out.set_op_register(n, host_name(host, w));
+                }
+                OpKind::Memory => {
+                    out.set_memory_base(mem.base.map_or(Register::None, |b| host_name(b, Width::B64)));
+                    out.set_memory_index(mem.index.map_or(Register::None, |(x, _)| host_name(x, Width::B64)));
+                    out.set_memory_index_scale(1);
+                    out.set_memory_displacement64(0);
+                    out.set_memory_displ_size(0);
+                }
+                _ => {}
+            }
+        }
+        out.set_segment_prefix(Register::None);
+        let at = self.asm.pos();
+        if let Err(e) = self.asm.guest(&out) {
+            self.encode_failed(i, &e);
+        }
+        self.fault_site(at, FaultKind::Guest { delta: self.cur_delta(), borrowed: borrowed.map(|h| h.0) });
+
+        for k in 0..count {
+            if temps[k].write {
+                self.asm.store(M::gs(off::gpr(temps[k].guest)), place[k]);
+            }
+        }
+        if real_rcx && rcx_write {
+            self.asm.mov(H::R13, rcx_host);
+        }
+        if let Some(h) = borrowed {
+            self.asm.load(h, M::gs(off::TMP + 8));
+        }
+    }
+
+    /// BT, BTS, BTR, BTC. With a register bit offset the operand may lie far from the address.
+    pub(crate) fn bit_test(&mut self, i: &Instruction, flags_live: bool) {
+        if i.op0_kind() != OpKind::Memory || i.op1_kind() != OpKind::Register {
+            self.copy(i, flags_live);
+            return;
+        }
+        let acc = self.access_of(i, true);
+        let Some((g, w)) = gpr_of(i.op1_register()) else { return self.copy(i, flags_live) };
+        self.emit_access_with(acc, Pending::BitOffset(g as u8, w), MemOp::Bit(*i));
+    }
+
+    /// The operation of a bit-string instruction once its address includes the bit offset.
+    pub(crate) fn emit_bit_op(&mut self, i: &Instruction, loc: Loc) {
+        let Some((g, w)) = gpr_of(i.op1_register()) else { return };
+        match loc {
+            Loc::Indexed => self.asm.lea(H::R15, M::base_index(H::R15, H::RCX)),
+            Loc::Rcx => self.asm.mov(H::R15, H::RCX),
+        }
+        let src = match home(g) {
+            Home::Host(h) => h,
+            Home::Spilled(n) => {
+                self.asm.load(H::RCX, M::gs(off::gpr(n)));
+                H::RCX
+            }
+        };
+        let mask = match w {
+            Width::B64 => off::MASK63,
+            Width::B32 => off::MASK31,
+            _ => off::MASK15,
+        };
+        self.asm.pext(H::RCX, src, M::gs(mask));
+        let mut out = *i;
+        out.set_op1_register(host_name(H::RCX, w));
+        out.set_memory_base(Register::R15);
+        out.set_memory_index(Register::None);
+        out.set_memory_displacement64(0);
+        out.set_memory_displ_size(0);
+        out.set_segment_prefix(Register::None);
+        let at = self.asm.pos();
+        if let Err(e) = self.asm.guest(&out) {
+            self.encode_failed(i, &e);
+        }
+        self.fault_site(at, FaultKind::Guest { delta: self.cur_delta(), borrowed: None });
+    }
+}
+
+/// Rewrites forms that only 16- and 32-bit modes encode, or that cannot take a register address.
+fn canonical_form(i: &mut Instruction) {
+    use Code as C;
+    let code = match i.code() {
+        C::Mov_AL_moffs8 => C::Mov_r8_rm8,
+        C::Mov_AX_moffs16 => C::Mov_r16_rm16,
+        C::Mov_EAX_moffs32 => C::Mov_r32_rm32,
+        C::Mov_RAX_moffs64 => C::Mov_r64_rm64,
+        C::Mov_moffs8_AL => C::Mov_rm8_r8,
+        C::Mov_moffs16_AX => C::Mov_rm16_r16,
+        C::Mov_moffs32_EAX => C::Mov_rm32_r32,
+        C::Mov_moffs64_RAX => C::Mov_rm64_r64,
+        C::Inc_r16 => C::Inc_rm16,
+        C::Inc_r32 => C::Inc_rm32,
+        C::Dec_r16 => C::Dec_rm16,
+        C::Dec_r32 => C::Dec_rm32,
+        C::Add_rm8_imm8_82 => C::Add_rm8_imm8,
+        C::Or_rm8_imm8_82 => C::Or_rm8_imm8,
+        C::Adc_rm8_imm8_82 => C::Adc_rm8_imm8,
+        C::Sbb_rm8_imm8_82 => C::Sbb_rm8_imm8,
+        C::And_rm8_imm8_82 => C::And_rm8_imm8,
+        C::Sub_rm8_imm8_82 => C::Sub_rm8_imm8,
+        C::Xor_rm8_imm8_82 => C::Xor_rm8_imm8,
+        C::Cmp_rm8_imm8_82 => C::Cmp_rm8_imm8,
+        // XCHG with the accumulator's short form would turn into NOP or name the wrong register class after mapping.
+        C::Xchg_r16_AX => C::Xchg_rm16_r16,
+        C::Xchg_r32_EAX => C::Xchg_rm32_r32,
+        C::Xchg_r64_RAX => C::Xchg_rm64_r64,
+        other => other,
+    };
+    i.set_code(code);
+}
+
+/// Whether RCX takes part without being named (or must be CL): (read, written).
+fn implicit_rcx(i: &Instruction) -> (bool, bool) {
+    use Mnemonic as Mn;
+    let last = i.op_count().wrapping_sub(1);
+    match i.mnemonic() {
+        Mn::Shl | Mn::Shr | Mn::Sar | Mn::Sal | Mn::Rol | Mn::Ror | Mn::Rcl | Mn::Rcr | Mn::Shld | Mn::Shrd
+            if i.op_kind(last) == OpKind::Register && i.op_register(last) == Register::CL =>
+        {
+            // When the shifted operand is RCX itself its own access decides about the write.
+            (true, false)
+        }
+        Mn::Cmpxchg8b | Mn::Cmpxchg16b => (true, false),
+        Mn::Pcmpestri | Mn::Pcmpistri | Mn::Vpcmpestri | Mn::Vpcmpistri | Mn::Pcmpestri64 | Mn::Vpcmpestri64 => {
+            (true, true)
+        }
+        _ => (false, false),
+    }
+}
+
+/// Host registers that an instruction uses without naming them, as a bit set.
+fn implicit_hosts(i: &Instruction) -> u16 {
+    use Mnemonic as Mn;
+    match i.mnemonic() {
+        Mn::Mul | Mn::Imul | Mn::Div | Mn::Idiv | Mn::Cmpxchg | Mn::Mulx => 0b101,
+        Mn::Cmpxchg8b | Mn::Cmpxchg16b => 0b1101,
+        _ => 0,
+    }
+}

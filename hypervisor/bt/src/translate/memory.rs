@@ -1,0 +1,385 @@
+//! The memory policy: how a guest operand reaches host memory.
+//!
+//! This is the soft-TLB policy. An access computes the guest's effective address in RCX, looks the page up inline, and
+//! leaves the operand at `[r15 + rcx]`. A miss goes to a stub behind the block, which calls Rust: that either fills the TLB
+//! (and the access starts over) or hands out the bounce buffer, on which a second copy of the instruction runs.
+//!
+//! The lookup comes in two forms: one that clobbers the flags, for places where they are dead, and one that uses PEXT,
+//! LEA and JRCXZ only.
+
+use super::{Pending, Translator};
+use crate::asm::{H, Label, M, cc};
+use crate::block::{Mode, Site};
+use crate::regs::{Home, gpr_of, home};
+use crate::state::{Thunk, TlbEntry, off};
+use iced_x86::{Instruction, Register};
+use std::mem::offset_of;
+
+/// An effective address in guest terms.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ea {
+    pub(crate) base: Option<usize>,
+    /// Register and scale as a shift count.
+    pub(crate) index: Option<(usize, u8)>,
+    /// Displacement, or the whole address when there is no register.
+    pub(crate) disp: i64,
+    /// Address size in bits.
+    pub(crate) bits: u32,
+    /// Segment number (encoding order), for its base or for the segmented path.
+    pub(crate) seg: u8,
+}
+
+impl Ea {
+    /// `[rsp + disp]` with the stack's address size.
+    pub(crate) fn stack(disp: i64, mode: Mode) -> Self {
+        Self { base: Some(4), index: None, disp, bits: mode.bits().max(32), seg: 2 }
+    }
+
+    /// The memory operand of an instruction.
+    pub(crate) fn of(i: &Instruction, mode: Mode) -> Self {
+        let seg = match i.memory_segment() {
+            Register::ES => 0,
+            Register::CS => 1,
+            Register::SS => 2,
+            Register::FS => 4,
+            Register::GS => 5,
+            _ => 3,
+        };
+        let base = i.memory_base();
+        if i.is_ip_rel_memory_operand() {
+            let bits = if base == Register::EIP { 32 } else { 64 };
+            return Self { base: None, index: None, disp: i.ip_rel_memory_address() as i64, bits, seg };
+        }
+        let index = i.memory_index();
+        let width = |r: Register| {
+            if r.is_gpr16() {
+                16
+            } else if r.is_gpr32() {
+                32
+            } else {
+                64
+            }
+        };
+        let bits = if base != Register::None {
+            width(base)
+        } else if index != Register::None {
+            width(index)
+        } else {
+            match i.memory_displ_size() {
+                2 => 16,
+                8 => 64,
+                _ if mode.is64() => 64,
+                _ => 32,
+            }
+        };
+        let disp = i.memory_displacement64() as i64;
+        Self {
+            base: gpr_of(base).map(|(n, _)| n),
+            index: gpr_of(index).map(|(n, _)| (n, i.memory_index_scale().trailing_zeros() as u8)),
+            // 32- and 16-bit displacements come zero-extended; as i32 they wrap the same way.
+            disp: if bits == 64 { disp } else { i64::from(disp as i32) },
+            bits,
+            seg,
+        }
+    }
+
+    /// Whether faults of form are #SS: a stack segment, or RSP/RBP as the base of a default segment.
+    pub(crate) fn is_stack(&self) -> bool {
+        self.seg == 2
+    }
+}
+
+/// Where an operand can be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Loc {
+    /// `[r15 + rcx]`, both scratch registers taken.
+    Indexed,
+    /// `[rcx]`, R15 free.
+    Rcx,
+}
+
+/// What to do at an operand once it is reachable. Emitted twice: in line and, for the bounce buffer, in the stub.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum MemOp {
+    /// The guest instruction itself.
+    Guest(Instruction),
+    /// Store a value.
+    Store(Value, u8),
+    /// Load into a destination, zero-extended.
+    Load(Dest, u8),
+    /// BTS and kin with a register bit offset, whose low bits are what is left once the address is known.
+    Bit(Instruction),
+}
+
+/// A value to store.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Value {
+    Reg(H),
+    /// `gs:[offset]`.
+    Gs(i32),
+    Imm(u64),
+}
+
+/// Where to load to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Dest {
+    Reg(H),
+    /// `gs:[offset]`, as 64 bits.
+    Gs(i32),
+}
+
+/// One access to make.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Access {
+    pub(crate) ea: Ea,
+    pub(crate) size: u16,
+    pub(crate) read: bool,
+    pub(crate) write: bool,
+    pub(crate) masked: bool,
+    /// Flags must survive the lookup.
+    pub(crate) flags_live: bool,
+}
+
+/// A slow path to be emitted behind the block.
+pub(crate) struct Slow {
+    slow: Label,
+    retry: Label,
+    done: Label,
+    ea: Ea,
+    /// Extra code between the address and the access, see [`Pending`].
+    pre: Pending,
+    site: u32,
+    op: MemOp,
+    write: bool,
+}
+
+impl Translator<'_> {
+    /// Computes the effective address (plus the segment base) in RCX. May use R15. Leaves flags alone.
+    pub(crate) fn emit_ea(&mut self, ea: &Ea, with_base: bool) {
+        let disp = ea.disp as i32;
+        let a = &mut self.asm;
+        match (ea.base.map(home), ea.index.map(|(n, s)| (home(n), s))) {
+            (None, None) => {
+                let v = if ea.bits == 64 { ea.disp as u64 } else { u64::from(ea.disp as u32) };
+                a.mov_imm(H::RCX, v);
+            }
+            (Some(Home::Host(b)), None) => {
+                if disp == 0 {
+                    a.mov(H::RCX, b);
+                } else {
+                    a.lea(H::RCX, M::base(b, disp));
+                }
+            }
+            (Some(Home::Host(b)), Some((Home::Host(x), s))) => {
+                a.lea(H::RCX, M { base: Some(b), index: Some((x, s)), disp, gs: false });
+            }
+            (Some(Home::Host(b)), Some((Home::Spilled(x), s))) => {
+                a.load(H::RCX, M::gs(off::gpr(x)));
+                a.lea(H::RCX, M { base: Some(b), index: Some((H::RCX, s)), disp, gs: false });
+            }
+            (Some(Home::Spilled(b)), None) => {
+                a.load(H::RCX, M::gs(off::gpr(b)));
+                if disp != 0 {
+                    a.lea(H::RCX, M::base(H::RCX, disp));
+                }
+            }
+            (Some(Home::Spilled(b)), Some((Home::Host(x), s))) => {
+                a.load(H::RCX, M::gs(off::gpr(b)));
+                a.lea(H::RCX, M { base: Some(H::RCX), index: Some((x, s)), disp, gs: false });
+            }
+            (Some(Home::Spilled(b)), Some((Home::Spilled(x), s))) => {
+                a.load(H::RCX, M::gs(off::gpr(x)));
+                a.load(H::R15, M::gs(off::gpr(b)));
+                a.lea(H::RCX, M { base: Some(H::R15), index: Some((H::RCX, s)), disp, gs: false });
+            }
+            (None, Some((Home::Host(x), s))) => {
+                a.lea(H::RCX, M { base: None, index: Some((x, s)), disp, gs: false });
+            }
+            (None, Some((Home::Spilled(x), s))) => {
+                a.load(H::RCX, M::gs(off::gpr(x)));
+                a.lea(H::RCX, M { base: None, index: Some((H::RCX, s)), disp, gs: false });
+            }
+        }
+        match ea.bits {
+            32 if ea.base.is_some() || ea.index.is_some() => a.mov32(H::RCX, H::RCX),
+            16 => a.movzx16(H::RCX, H::RCX),
+            _ => {}
+        }
+        if with_base && ea.seg >= 4 {
+            a.load(H::R15, M::gs(off::seg_base(usize::from(ea.seg))));
+            a.lea(H::RCX, M::base_index(H::R15, H::RCX));
+            if !self.mode.is64() {
+                self.asm.mov32(H::RCX, H::RCX);
+            }
+        }
+    }
+
+    /// Whether an access with this segment must take the segmented path.
+    fn segmented(&self, seg: u8) -> bool {
+        !self.mode.is64() && (!self.mode.has(Mode::FLAT) || (seg >= 4 && !self.mode.has(Mode::FLAT_FSGS)))
+    }
+
+    /// Emits one access: address, lookup, operation, and (behind the block) the slow path.
+    pub(crate) fn emit_access(&mut self, acc: Access, op: MemOp) {
+        self.emit_access_with(acc, Pending::None, op);
+    }
+
+    /// As [`Self::emit_access`], with an adjustment of the address between its computation and the lookup.
+    pub(crate) fn emit_access_with(&mut self, acc: Access, pre: Pending, op: MemOp) {
+        let site = self.tables.sites.len() as u32;
+        self.tables.sites.push(Site {
+            block: self.block,
+            rip: self.cur_rip,
+            size: acc.size,
+            read: acc.read,
+            write: acc.write,
+            stack: acc.ea.is_stack(),
+            simd: self.simd,
+            masked: acc.masked,
+            seg: acc.ea.seg,
+        });
+        if self.segmented(acc.ea.seg) {
+            self.emit_ea(&acc.ea, false);
+            self.emit_pending(pre);
+            self.asm.mov_imm(H::R15, u64::from(site));
+            self.asm.call_gs(Thunk::SegMem.offset());
+            self.emit_op(&op, Loc::Rcx);
+            if acc.write {
+                self.asm.mov_imm(H::R15, u64::from(site));
+                self.asm.call_gs(Thunk::Commit.offset());
+            }
+            return;
+        }
+        let (slow, done) = (self.asm.label(), self.asm.label());
+        let retry = self.asm.here();
+        self.emit_ea(&acc.ea, true);
+        self.emit_pending(pre);
+        self.emit_lookup(acc.size, acc.write, acc.flags_live, slow);
+        self.emit_op(&op, Loc::Indexed);
+        self.asm.bind(done);
+        self.slow.push(Slow { slow, retry, done, ea: acc.ea, pre, site, op, write: acc.write });
+    }
+
+    /// RCX = linear address in; operand at `[r15 + rcx]` out, or a jump to `slow`.
+    fn emit_lookup(&mut self, size: u16, write: bool, flags_live: bool, slow: Label) {
+        let view = self.mode.view();
+        let tag = if write { offset_of!(TlbEntry, ntag_w) } else { offset_of!(TlbEntry, ntag_r) };
+        let (tag, hva) = (off::tlb(view, tag), off::tlb(view, offset_of!(TlbEntry, hva)));
+        let a = &mut self.asm;
+        if !flags_live {
+            a.mov32(H::R15, H::RCX);
+            a.shr32_flags(H::R15, 7);
+            a.and32_flags(H::R15, 0x7fe0);
+            a.add_flags(H::RCX, M::gs_base(H::R15, tag));
+            a.cmp_imm_flags(H::RCX, 4096 - i32::from(size));
+            a.jcc(cc::A, slow);
+            a.load(H::R15, M::gs_base(H::R15, hva));
+            return;
+        }
+        let hit = a.label();
+        a.pext(H::R15, H::RCX, M::gs(off::TLB_MASK));
+        a.store(M::gs(off::TMP), H::RDX);
+        a.lea32(H::R15, M { base: None, index: Some((H::R15, 2)), disp: 0, gs: false });
+        a.load(H::RDX, M::gs_index(H::R15, 3, tag));
+        a.lea(H::RDX, M::base_index(H::RDX, H::RCX));
+        a.lea(H::RCX, M::base(H::RDX, i32::from(size) - 1));
+        a.pext(H::RCX, H::RCX, M::gs(off::PAGE_MASK));
+        a.load(H::R15, M::gs_index(H::R15, 3, hva));
+        a.jrcxz(hit);
+        a.load(H::RDX, M::gs(off::TMP));
+        a.jmp(slow);
+        a.bind(hit);
+        a.mov(H::RCX, H::RDX);
+        a.load(H::RDX, M::gs(off::TMP));
+    }
+
+    /// Emits the slow paths collected so far.
+    pub(crate) fn emit_slow_paths(&mut self) {
+        for s in std::mem::take(&mut self.slow) {
+            self.asm.bind(s.slow);
+            self.emit_ea(&s.ea, true);
+            self.emit_pending(s.pre);
+            self.asm.mov_imm(H::R15, u64::from(s.site));
+            self.asm.call_gs(Thunk::Mem.offset());
+            let again = self.asm.label();
+            let bounce = self.asm.label();
+            self.asm.jrcxz(again);
+            self.asm.jmp8(bounce);
+            self.asm.bind(again);
+            self.asm.jmp(s.retry);
+            self.asm.bind(bounce);
+            let rip = self.tables.sites[s.site as usize].rip;
+            self.cur_rip = rip;
+            self.emit_op(&s.op, Loc::Rcx);
+            if s.write {
+                self.asm.mov_imm(H::R15, u64::from(s.site));
+                self.asm.call_gs(Thunk::Commit.offset());
+            }
+            self.asm.jmp(s.done);
+        }
+    }
+
+    /// Emits what is done at a reachable operand.
+    fn emit_op(&mut self, op: &MemOp, loc: Loc) {
+        match op {
+            MemOp::Guest(i) => self.emit_guest(i, Some(loc)),
+            MemOp::Bit(i) => self.emit_bit_op(i, loc),
+            MemOp::Store(v, size) => {
+                let m = match loc {
+                    Loc::Indexed => M::base_index(H::R15, H::RCX),
+                    Loc::Rcx => M::base(H::RCX, 0),
+                };
+                let a = &mut self.asm;
+                match *v {
+                    Value::Reg(r) => store_sized(a, m, r, *size),
+                    Value::Imm(v) if *size == 8 && i64::from(v as i32) == v as i64 => a.store_simm32(m, v as i32),
+                    Value::Imm(v) if *size == 4 => a.store_imm32(m, v as u32 as i32),
+                    Value::Gs(_) | Value::Imm(_) => {
+                        let (m, t) = match loc {
+                            Loc::Indexed => {
+                                a.lea(H::R15, m);
+                                (M::base(H::R15, 0), H::RCX)
+                            }
+                            Loc::Rcx => (m, H::R15),
+                        };
+                        match *v {
+                            Value::Gs(o) => a.load(t, M::gs(o)),
+                            Value::Imm(v) => a.mov_imm(t, v),
+                            Value::Reg(_) => unreachable!("registers are handled above"),
+                        }
+                        store_sized(a, m, t, *size);
+                    }
+                }
+            }
+            MemOp::Load(d, size) => {
+                let m = match loc {
+                    Loc::Indexed => M::base_index(H::R15, H::RCX),
+                    Loc::Rcx => M::base(H::RCX, 0),
+                };
+                let a = &mut self.asm;
+                let r = match *d {
+                    Dest::Reg(r) => r,
+                    Dest::Gs(_) => H::RCX,
+                };
+                match size {
+                    8 => a.load(r, m),
+                    4 => a.load32(r, m),
+                    2 => a.load16(r, m),
+                    _ => a.load8(r, m),
+                }
+                if let Dest::Gs(o) = *d {
+                    a.store(M::gs(o), H::RCX);
+                }
+            }
+        }
+    }
+}
+
+fn store_sized(a: &mut crate::asm::Asm, m: M, r: H, size: u8) {
+    match size {
+        8 => a.store(m, r),
+        4 => a.store32(m, r),
+        2 => a.store16(m, r),
+        _ => a.store8(m, r),
+    }
+}

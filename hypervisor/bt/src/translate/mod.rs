@@ -1,0 +1,437 @@
+//! From guest bytes to a translated block.
+//!
+//! A block is decoded first, to its end: a branch, an instruction that ends blocks, the page's end, or a length limit.
+//! Flag liveness is then computed backwards, and the instructions are emitted one by one. No intermediate form exists: an
+//! instruction is copied, rewritten, expanded, or turned into a callout (see [`classify`]).
+
+pub(crate) mod classify;
+mod control;
+mod copy;
+mod memory;
+mod system;
+
+use crate::asm::{Asm, H, M};
+use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, Tables};
+use crate::regs::{Home, Width, home};
+use crate::state::{Thunk, off};
+use classify::{Class, Unit, classify};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic};
+use memory::Slow;
+
+/// Guest instructions per block at most.
+const MAX_INSTRUCTIONS: usize = 64;
+
+/// An adjustment of an address between its computation and the lookup.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Pending {
+    None,
+    /// Add the operand-sized bit offset in a guest register, scaled down to the operand's unit (SDM vol. 2, BT).
+    BitOffset(u8, Width),
+}
+
+/// A direct exit as the translator leaves it: offsets are relative to the block's start.
+pub(crate) struct RawExit {
+    pub(crate) target_rip: u64,
+    pub(crate) target_mode: Mode,
+    pub(crate) patch: u32,
+    pub(crate) stub: u32,
+}
+
+/// What a translation came to.
+pub(crate) struct Translated {
+    pub(crate) guest_len: u32,
+    pub(crate) entry: u32,
+    pub(crate) instructions: u32,
+    pub(crate) exits: Vec<RawExit>,
+}
+
+/// One block's translation in progress.
+pub(crate) struct Translator<'a> {
+    pub(crate) asm: &'a mut Asm,
+    pub(crate) info: &'a mut InstructionInfoFactory,
+    pub(crate) tables: &'a mut Tables,
+    pub(crate) mode: Mode,
+    pub(crate) block: BlockId,
+    pub(crate) start_rip: u64,
+    /// The block uses x87/SIMD registers, so they are live from its entry on.
+    pub(crate) simd: bool,
+    pub(crate) cur_rip: u64,
+    pub(crate) cur_next: u64,
+    slow: Vec<Slow>,
+    exits: Vec<RawExit>,
+    /// Exit stubs to be emitted: (exit, label).
+    stubs: Vec<(u32, crate::asm::Label)>,
+}
+
+/// Decodes a block at `rip` from `bytes`, which end at the page's end or, for an instruction that crosses it, hold that
+/// instruction alone.
+pub(crate) fn decode(bytes: &[u8], rip: u64, mode: Mode, out: &mut Vec<Instruction>) -> Decoded {
+    out.clear();
+    let mut d = Decoder::with_ip(mode.bits(), bytes, rip, DecoderOptions::NONE);
+    let limit = if mode.alone() { 1 } else { MAX_INSTRUCTIONS };
+    let mut extra = false;
+    while out.len() < limit {
+        let i = d.decode();
+        if i.is_invalid() {
+            match d.last_error() {
+                DecoderError::NoMoreBytes => {
+                    return if out.is_empty() { Decoded::NeedMore } else { Decoded::Ok };
+                }
+                _ if !out.is_empty() => return Decoded::Ok,
+                _ => {
+                    out.push(i);
+                    return Decoded::Ok;
+                }
+            }
+        }
+        out.push(i);
+        if extra {
+            break;
+        }
+        match classify(i.code()) {
+            Class::JmpDirect
+            | Class::JmpIndirect
+            | Class::CallDirect
+            | Class::CallIndirect
+            | Class::Ret
+            | Class::Jcc
+            | Class::Loop
+            | Class::Stac
+            | Class::Clac
+            | Class::EmulateEnd => break,
+            // One more instruction runs in the interrupt shadow of STI, then the block ends with a check.
+            Class::Sti => extra = true,
+            _ => {}
+        }
+    }
+    Decoded::Ok
+}
+
+/// Outcome of [`decode`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Decoded {
+    Ok,
+    /// The first instruction crosses into the next page.
+    NeedMore,
+}
+
+impl<'a> Translator<'a> {
+    pub(crate) fn new(
+        asm: &'a mut Asm,
+        info: &'a mut InstructionInfoFactory,
+        tables: &'a mut Tables,
+        mode: Mode,
+        block: BlockId,
+        start_rip: u64,
+    ) -> Self {
+        asm.clear();
+        Self {
+            asm,
+            info,
+            tables,
+            mode,
+            block,
+            start_rip,
+            simd: false,
+            cur_rip: start_rip,
+            cur_next: start_rip,
+            slow: Vec::new(),
+            exits: Vec::new(),
+            stubs: Vec::new(),
+        }
+    }
+
+    /// Translates decoded instructions.
+    pub(crate) fn translate(mut self, code: &[Instruction]) -> Translated {
+        let live = flag_liveness(code);
+        self.simd = code.iter().any(|i| match classify(i.code()) {
+            Class::Copy(u) => u != Unit::Integer && self.unit_enabled(u).is_none(),
+            _ => false,
+        });
+        if self.simd {
+            // The island stands before the entry so that a short JRCXZ reaches it.
+            let back = self.asm.label();
+            let island = self.asm.here();
+            self.asm.call_gs(Thunk::LoadFpu.offset());
+            self.asm.jmp8(back);
+            let entry = self.asm.pos();
+            self.asm.load32(H::RCX, M::gs(off::FPU_LIVE));
+            self.asm.jrcxz(island);
+            self.asm.bind(back);
+            self.body(code, &live, entry)
+        } else {
+            self.body(code, &live, 0)
+        }
+    }
+
+    fn body(mut self, code: &[Instruction], live: &[bool], entry: u32) -> Translated {
+        let mut ended = false;
+        for (n, i) in code.iter().enumerate() {
+            self.cur_rip = i.ip();
+            self.cur_next = self.wrap(i.next_ip());
+            ended = self.instruction(i, live[n]);
+            if ended {
+                break;
+            }
+        }
+        let last = code[code.len() - 1];
+        if !ended {
+            let next = self.wrap(last.next_ip());
+            if self.mode.has(Mode::STEP) {
+                self.cur_rip = next;
+                let at = last.with_ip(next);
+                self.callout(&at, Action::StepDone);
+                self.asm.ud2();
+            } else {
+                let after_sti = code.len() >= 2 && classify(code[code.len() - 2].code()) == Class::Sti;
+                let lone_sti = classify(last.code()) == Class::Sti;
+                if after_sti || lone_sti {
+                    self.irq_window_exit(next);
+                }
+                self.exit_to(next, self.mode, false);
+            }
+        }
+        self.emit_slow_paths();
+        self.emit_stubs();
+        self.asm.resolve();
+        let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
+        Translated { guest_len: guest_len.max(1), entry, instructions: code.len() as u32, exits: self.exits }
+    }
+
+    /// Truncates an instruction pointer to the code size.
+    pub(crate) fn wrap(&self, rip: u64) -> u64 {
+        match self.mode.bits() {
+            64 => rip,
+            32 => rip & 0xffff_ffff,
+            _ => rip & 0xffff,
+        }
+    }
+
+    pub(crate) fn cur_delta(&self) -> u32 {
+        self.cur_rip.wrapping_sub(self.start_rip) as u32
+    }
+
+    /// Records that the host may raise an exception at `at`.
+    pub(crate) fn fault_site(&mut self, at: u32, kind: FaultKind) {
+        self.tables.faults.push(FaultSite { at, kind });
+    }
+
+    /// The callout to make instead when a unit is switched off.
+    fn unit_enabled(&self, u: Unit) -> Option<Action> {
+        let need = match u {
+            Unit::Integer => return None,
+            Unit::X87 | Unit::Wait => 0,
+            Unit::Sse => Mode::SSE,
+            Unit::Avx => Mode::AVX,
+            Unit::Avx512 => Mode::AVX512,
+        };
+        if need != 0 && !self.mode.has(need) {
+            Some(Action::Undefined)
+        } else if self.mode.has(Mode::FPU_OFF) {
+            Some(Action::FpuOff)
+        } else {
+            None
+        }
+    }
+
+    /// Emits one instruction; true when the block ends with it.
+    fn instruction(&mut self, i: &Instruction, flags_live: bool) -> bool {
+        if i.is_invalid() {
+            let action = if i.len() >= 15 { Action::TooLong } else { Action::Undefined };
+            self.callout(i, action);
+            return true;
+        }
+        let flat = self.mode.has(Mode::FLAT) && self.mode.has(Mode::WIDE_STACK);
+        match classify(i.code()) {
+            Class::Copy(u) => {
+                if let Some(action) = self.unit_enabled(u) {
+                    self.callout(i, action);
+                    return true;
+                }
+                self.copy(i, flags_live);
+            }
+            Class::Nop => {}
+            Class::Lea => self.lea(i),
+            Class::BitTest => self.bit_test(i, flags_live),
+            Class::Push if flat => self.push(i, flags_live),
+            Class::Pop if flat => self.pop(i, flags_live),
+            Class::Leave if flat => self.leave(i, flags_live),
+            Class::Pushf if flat && self.mode.is64() && self.mode.has(Mode::PLAIN_IF) => self.pushfq(i),
+            Class::Push | Class::Pop | Class::Leave | Class::Pushf => self.callout(i, Action::Emulate),
+            Class::JmpDirect => self.exit_to(self.branch_target(i), self.mode, self.branch_target(i) <= i.ip()),
+            Class::Jcc => self.jcc(i),
+            Class::Loop if self.mode.is64() || self.mode.has(Mode::FLAT) => self.loop_or_jrcxz(i),
+            Class::CallDirect if flat => self.call_direct(i, flags_live),
+            Class::CallIndirect if flat => self.call_indirect(i, flags_live),
+            Class::JmpIndirect if flat => self.jmp_indirect(i, flags_live),
+            Class::Ret if flat => self.ret(i, flags_live),
+            Class::Loop | Class::CallDirect | Class::CallIndirect | Class::JmpIndirect | Class::Ret => {
+                self.callout(i, Action::Emulate);
+            }
+            Class::Cli => self.cli(i),
+            Class::Sti => self.sti(i),
+            Class::Stac | Class::Clac => return self.stac_clac(i),
+            Class::Rdtsc => self.rdtsc(i),
+            Class::Rdtscp => self.rdtscp(i),
+            Class::Swapgs => self.swapgs(i),
+            Class::ReadCr => self.read_cr(i),
+            Class::ReadBase => self.read_base(i),
+            Class::Emulate | Class::EmulateEnd => self.callout(i, Action::Emulate),
+        }
+        ends_block(i)
+    }
+
+    /// Emits a callout for an instruction. Rust code either comes back behind it or goes elsewhere.
+    pub(crate) fn callout(&mut self, i: &Instruction, action: Action) {
+        let n = self.tables.callouts.len() as u32;
+        self.tables.callouts.push(Callout { block: self.block, instr: *i, action, simd: self.simd });
+        self.asm.mov_imm(H::R15, u64::from(n));
+        self.asm.call_gs(Thunk::Emulate.offset());
+    }
+
+    /// The encoder refused a mapped instruction: a hole in the translator, reported and survived by raising #UD.
+    pub(crate) fn encode_failed(&mut self, i: &Instruction, e: &iced_x86::IcedError) {
+        eprintln!("paravane: no translation for {i} ({:?}): {e}; it raises #UD", i.code());
+        self.callout(i, Action::Undefined);
+    }
+
+    fn emit_pending(&mut self, p: Pending) {
+        let Pending::BitOffset(g, w) = p else { return };
+        // RCX = address; add (offset >> log2(bits)) * bytes, sign-extended. TMP keeps the address meanwhile.
+        let a = &mut self.asm;
+        let src = match home(usize::from(g)) {
+            Home::Host(h) => h,
+            Home::Spilled(n) => {
+                a.load(H::R15, M::gs(off::gpr(n)));
+                H::R15
+            }
+        };
+        a.store(M::gs(off::TMP), H::RCX);
+        let (shift, scale) = match w {
+            Width::B64 => {
+                a.mov(H::R15, src);
+                (6, 3)
+            }
+            Width::B32 => {
+                a.movsxd(H::R15, src);
+                (5, 2)
+            }
+            _ => {
+                a.movsx16(H::R15, src);
+                (4, 1)
+            }
+        };
+        a.mov_imm(H::RCX, shift);
+        a.sarx(H::R15, H::R15, H::RCX);
+        a.load(H::RCX, M::gs(off::TMP));
+        a.lea(H::RCX, M { base: Some(H::RCX), index: Some((H::R15, scale)), disp: 0, gs: false });
+        if !self.mode.is64() {
+            self.asm.mov32(H::RCX, H::RCX);
+        }
+    }
+
+    fn emit_stubs(&mut self) {
+        let first = self.tables.exits.len() as u32;
+        for (n, label) in std::mem::take(&mut self.stubs) {
+            self.asm.bind(label);
+            self.exits[n as usize].stub = self.asm.pos();
+            self.asm.mov_imm(H::R15, u64::from(first + n));
+            self.asm.jmp_mem(M::gs(Thunk::Chain.offset()));
+        }
+    }
+}
+
+impl RawExit {
+    /// The exit as the engine keeps it, for a block placed at `base` in the cache.
+    pub(crate) fn place(&self, block: BlockId, base: u32) -> Exit {
+        Exit {
+            block,
+            target_rip: self.target_rip,
+            target_mode: self.target_mode,
+            patch: base + self.patch,
+            stub: base + self.stub,
+            linked: None,
+        }
+    }
+}
+
+/// Whether translation stops behind an instruction.
+fn ends_block(i: &Instruction) -> bool {
+    matches!(
+        classify(i.code()),
+        Class::JmpDirect
+            | Class::JmpIndirect
+            | Class::CallDirect
+            | Class::CallIndirect
+            | Class::Ret
+            | Class::Jcc
+            | Class::Loop
+            | Class::Stac
+            | Class::Clac
+            | Class::EmulateEnd
+    )
+}
+
+/// For each instruction, whether any status flag that is live before it may still be read later. All flags are live at
+/// the block's end and wherever Rust code may look at them.
+fn flag_liveness(code: &[Instruction]) -> Vec<bool> {
+    use iced_x86::RflagsBits as B;
+    let all = B::OF | B::SF | B::ZF | B::AF | B::CF | B::PF;
+    let mut out = vec![true; code.len()];
+    let mut live = all;
+    for (n, i) in code.iter().enumerate().rev() {
+        let sees_flags = !matches!(
+            classify(i.code()),
+            Class::Copy(_) | Class::Nop | Class::Lea | Class::BitTest | Class::Push | Class::Pop | Class::Leave
+        );
+        if sees_flags {
+            live = all;
+        } else {
+            let mut kills = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
+            if maybe_unwritten(i) {
+                kills = 0;
+            }
+            live = ((live & !kills) | i.rflags_read()) & all;
+            if maybe_unwritten(i) {
+                live |= i.rflags_modified() & all;
+            }
+        }
+        out[n] = live != 0;
+    }
+    out
+}
+
+/// Instructions whose flag results depend on a count that may be zero.
+fn maybe_unwritten(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        i.mnemonic(),
+        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    ) && !matches!(
+        i.code(),
+        Code::Shl_rm8_1
+            | Code::Shl_rm16_1
+            | Code::Shl_rm32_1
+            | Code::Shl_rm64_1
+            | Code::Shr_rm8_1
+            | Code::Shr_rm16_1
+            | Code::Shr_rm32_1
+            | Code::Shr_rm64_1
+            | Code::Sar_rm8_1
+            | Code::Sar_rm16_1
+            | Code::Sar_rm32_1
+            | Code::Sar_rm64_1
+    )
+}
+
+/// A copy of an instruction that stands elsewhere.
+trait WithIp {
+    fn with_ip(self, ip: u64) -> Self;
+}
+
+impl WithIp for Instruction {
+    fn with_ip(mut self, ip: u64) -> Self {
+        self.set_ip(ip);
+        self
+    }
+}

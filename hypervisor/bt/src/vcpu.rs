@@ -1,0 +1,228 @@
+//! The engine's public face: one vCPU.
+#![allow(unsafe_code)] // Owns the raw memory that translated code shares with Rust.
+
+use crate::engine::Engine;
+use crate::fault;
+use crate::state::{BtState, PollPage};
+use paravane_cpu::{Bus, CpuState, VcpuExit};
+use std::fmt;
+use std::mem::offset_of;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use vm_memory::GuestMemoryMmap;
+
+/// Guest RAM, shared by all vCPUs and devices.
+pub type GuestRam = Arc<GuestMemoryMmap<()>>;
+
+/// What the engine is told when a vCPU is made.
+#[derive(Clone, Debug)]
+pub struct BtConfig {
+    /// Bound of the translation cache in bytes. When it is full it is emptied.
+    pub cache_bytes: usize,
+    /// vCPUs in the machine, for CPUID topology.
+    pub cpus: u32,
+    /// TSC frequency in kHz, for CPUID.
+    pub tsc_khz: u32,
+    /// Local APIC timer frequency in Hz, for CPUID.
+    pub apic_hz: u32,
+}
+
+impl Default for BtConfig {
+    fn default() -> Self {
+        Self { cache_bytes: 64 << 20, cpus: 1, tsc_khz: 0, apic_hz: 1_000_000_000 }
+    }
+}
+
+/// Why the engine cannot work on this host.
+#[derive(Debug)]
+pub enum BtError {
+    /// The host CPU lacks an instruction-set extension that emitted code is made of.
+    Unsupported(&'static str),
+    /// A host resource could not be had.
+    Host(String),
+}
+
+impl fmt::Display for BtError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unsupported(what) => {
+                write!(f, "binary translation needs {what}, which this host's CPU does not have; use a host that has it")
+            }
+            Self::Host(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for BtError {}
+
+/// The memory of one [`BtState`], kept alive by the vCPU and by every kick handle.
+pub(crate) struct StateMemory(NonNull<BtState>);
+
+// SAFETY: other threads touch only the atomics in it and the protection of the poll page.
+unsafe impl Send for StateMemory {}
+// SAFETY: see above.
+unsafe impl Sync for StateMemory {}
+
+impl StateMemory {
+    pub(crate) fn new() -> Result<Arc<Self>, BtError> {
+        // SAFETY: a fresh zeroed mapping, page-aligned and large enough; BtState is valid when zeroed.
+        let p = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size_of::<BtState>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        match NonNull::new(p.cast::<BtState>()) {
+            Some(p) if p.as_ptr().cast() != libc::MAP_FAILED => Ok(Arc::new(Self(p))),
+            _ => Err(BtError::Host("no memory for the vCPU's state".into())),
+        }
+    }
+
+    pub(crate) fn ptr(&self) -> *mut BtState {
+        self.0.as_ptr()
+    }
+
+    /// Protects or unprotects the poll page.
+    pub(crate) fn protect_poll(&self, protect: bool) {
+        let prot = if protect { libc::PROT_NONE } else { libc::PROT_READ };
+        // SAFETY: the page lies within our mapping and holds nothing.
+        unsafe {
+            let page = self.ptr().cast::<u8>().add(offset_of!(BtState, poll_page));
+            libc::mprotect(page.cast(), size_of::<PollPage>(), prot);
+        }
+    }
+
+    fn atomics(&self) -> (&std::sync::atomic::AtomicU32, &std::sync::atomic::AtomicU8, &std::sync::atomic::AtomicU8) {
+        // SAFETY: references to the atomic fields only, which may be shared between threads.
+        unsafe {
+            let p = self.ptr();
+            (&(*p).request, &(*p).in_tc, &(*p).poll_armed)
+        }
+    }
+
+    /// Asks the vCPU to come out of translated code.
+    pub(crate) fn kick(&self) {
+        let (request, in_tc, armed) = self.atomics();
+        request.store(1, SeqCst);
+        if in_tc.load(SeqCst) != 0 && armed.swap(1, SeqCst) == 0 {
+            self.protect_poll(true);
+        }
+    }
+
+    /// Takes the request back; the vCPU is about to look at what there is to do.
+    pub(crate) fn acknowledge(&self) {
+        let (request, _, armed) = self.atomics();
+        request.store(0, SeqCst);
+        if armed.load(SeqCst) != 0 {
+            self.protect_poll(false);
+            armed.store(0, SeqCst);
+        }
+    }
+
+    /// Announces that the vCPU enters translated code; false when there is a request to see to first.
+    pub(crate) fn enter(&self) -> bool {
+        let (request, in_tc, _) = self.atomics();
+        in_tc.store(1, SeqCst);
+        if request.load(SeqCst) != 0 {
+            in_tc.store(0, SeqCst);
+            return false;
+        }
+        true
+    }
+
+    pub(crate) fn leave(&self) {
+        self.atomics().1.store(0, SeqCst);
+    }
+
+    /// Whether somebody wants the vCPU's attention.
+    pub(crate) fn requested(&self) -> bool {
+        self.atomics().0.load(SeqCst) != 0
+    }
+}
+
+impl Drop for StateMemory {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, and nobody holds it any more.
+        unsafe { libc::munmap(self.ptr().cast(), size_of::<BtState>()) };
+    }
+}
+
+/// Makes a running vCPU come out of translated code within microseconds, from any thread.
+#[derive(Clone)]
+pub struct BtKick(Arc<StateMemory>);
+
+impl BtKick {
+    /// Asks the vCPU to look at its events.
+    pub fn kick(&self) {
+        self.0.kick();
+    }
+}
+
+/// One vCPU run by binary translation.
+pub struct BtVcpu {
+    memory: Arc<StateMemory>,
+    engine: Box<Engine>,
+}
+
+// SAFETY: a vCPU may move between threads as long as one thread at a time runs it, which `&mut self` sees to.
+unsafe impl Send for BtVcpu {}
+
+impl BtVcpu {
+    /// A vCPU in its reset state.
+    ///
+    /// # Errors
+    /// When the host CPU lacks BMI2 or XSAVE, or memory cannot be mapped.
+    pub fn new(id: u32, mem: GuestRam, bus: Arc<dyn Bus>, cfg: BtConfig) -> Result<Self, BtError> {
+        if !std::arch::is_x86_feature_detected!("bmi2") {
+            return Err(BtError::Unsupported("the BMI2 instruction-set extension"));
+        }
+        if !std::arch::is_x86_feature_detected!("xsave") {
+            return Err(BtError::Unsupported("XSAVE enabled by the host kernel"));
+        }
+        fault::install()?;
+        let memory = StateMemory::new()?;
+        let engine = Box::new(Engine::new(id, memory.clone(), mem, bus, &cfg)?);
+        Ok(Self { memory, engine })
+    }
+
+    /// The architectural state. Exact between calls of [`Self::run`].
+    pub fn state(&self) -> &CpuState {
+        // SAFETY: the vCPU is not running, so this thread is the only one to touch the state.
+        unsafe { &(*self.memory.ptr()).cpu }
+    }
+
+    /// The architectural state for change. Cached translations are dropped, as any of it may change.
+    pub fn state_mut(&mut self) -> &mut CpuState {
+        self.engine.state_replaced();
+        // SAFETY: as in `state`.
+        unsafe { &mut (*self.memory.ptr()).cpu }
+    }
+
+    /// Runs until the vCPU halts, stops or is told to stop.
+    ///
+    /// # Errors
+    /// When a host resource fails; never because of what the guest does.
+    pub fn run(&mut self) -> Result<VcpuExit, BtError> {
+        self.engine.run()
+    }
+
+    /// A handle that makes [`Self::run`] look at its events.
+    pub fn kick_handle(&self) -> BtKick {
+        BtKick(self.memory.clone())
+    }
+
+    /// Named counters since the vCPU was made.
+    pub fn stats(&self) -> Vec<(&'static str, u64)> {
+        self.engine.stats.list()
+    }
+
+    /// Tells the engine that guest RAM was written behind its back (device DMA, a loader).
+    pub fn invalidate_ram(&mut self, gpa: u64, len: u64) {
+        self.engine.ram_written(gpa, len);
+    }
+}
