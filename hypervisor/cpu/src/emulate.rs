@@ -57,10 +57,10 @@ fn near<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instruction, next: 
                     M::Loopne => !zf,
                     _ => true,
                 };
-            if taken {
-                if let Err(e) = far::check_target(st, st.segment(Seg::Cs), branch_target(i)) {
-                    return Some(Err(e));
-                }
+            // RCX may change only once the branch cannot fault.
+            let checked = far::check_target(st, st.segment(Seg::Cs), branch_target(i));
+            if let (true, Err(e)) = (taken, checked) {
+                return Some(Err(e));
             }
             set_reg(st, counter, count);
             taken

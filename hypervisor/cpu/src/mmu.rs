@@ -16,6 +16,10 @@ use crate::{CpuState, Env, Exception, PageFaultCode};
 /// Width of a guest-physical address in bits (MAXPHYADDR; CPUID leaf 0x8000_0008 must say the same).
 pub const PHYS_BITS: u32 = 46;
 
+/// How often a walk starts over because an entry changed under it. Other vCPUs cannot keep that up; tables in memory that
+/// refuses writes (ROM) can, and then the access goes on with the bits left unset.
+const MAX_ATTEMPTS: u32 = 1000;
+
 /// Bits of a page fault's error code (SDM vol. 3, section 4.7).
 #[allow(missing_docs)]
 pub mod pf {
@@ -138,6 +142,11 @@ impl Trail {
         self.len += 1;
     }
 
+    /// The last entry as it was read.
+    fn leaf(&self) -> u64 {
+        self.entries[self.len.saturating_sub(1)].1
+    }
+
     /// Sets A in every entry and, for writes, D in the last. `None` when an entry changed meanwhile; else the leaf as it is now.
     fn mark<E: Env + ?Sized>(&self, env: &mut E, write: bool) -> Option<u64> {
         let mut leaf = 0;
@@ -184,6 +193,7 @@ pub fn walk<E: Env + ?Sized>(st: &CpuState, env: &mut E, la: u64, access: Access
         });
     }
     let bytes = if st.long_mode() || st.cr4 & cr4::PAE != 0 { 8 } else { 4 };
+    let mut attempts = 0;
     loop {
         let mut trail = Trail::new(bytes);
         let found = if st.long_mode() {
@@ -207,7 +217,14 @@ pub fn walk<E: Env + ?Sized>(st: &CpuState, env: &mut E, la: u64, access: Access
         if !ok {
             return Err(fault(st, la, access, pf::P));
         }
-        let Some(entry) = trail.mark(env, access.kind == AccessKind::Write) else { continue };
+        let entry = match trail.mark(env, access.kind == AccessKind::Write) {
+            Some(entry) => entry,
+            None if attempts < MAX_ATTEMPTS => {
+                attempts += 1;
+                continue;
+            }
+            None => trail.leaf(),
+        };
         return Ok(Translation {
             gpa: leaf.base | (la & ((1 << leaf.page_shift) - 1)),
             page_shift: leaf.page_shift,
@@ -355,3 +372,6 @@ fn walk_32<E: Env + ?Sized>(st: &CpuState, env: &mut E, la: u64, trail: &mut Tra
     trail.push(gpa, entry);
     Ok(Leaf { base: entry & 0xffff_f000, page_shift: 12, rights })
 }
+
+#[cfg(test)]
+mod tests;
