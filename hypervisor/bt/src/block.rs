@@ -204,6 +204,8 @@ pub(crate) struct Callout {
     pub(crate) instr: Instruction,
     pub(crate) action: Action,
     pub(crate) simd: bool,
+    /// No code follows in the block.
+    pub(crate) ends: bool,
 }
 
 /// What a callout does.

@@ -1,7 +1,7 @@
 //! What translated code asks of Rust. Each function is called by the thunk of the same name with the guest's state stored.
 #![allow(unsafe_code)] // Receives the engine as a raw pointer from the thunks.
 
-use crate::block::Action;
+use crate::block::{Action, Mode};
 use crate::dispatch::EXIT_RESYNC;
 use crate::engine::Engine;
 use crate::softmmu::Resolved;
@@ -103,8 +103,10 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
     // SAFETY: as in `mem`.
     let e = unsafe { &mut *e };
     let c = &e.tables.callouts[callout as usize];
-    let (i, action, simd, block) = (c.instr, c.action, c.simd, c.block);
-    let stepping = e.tables.blocks[block as usize].key.mode.has(crate::block::Mode::STEP);
+    let (i, action, simd, ends) = (c.instr, c.action, c.simd, c.ends);
+    let block = c.block as usize;
+    let mode = e.tables.blocks[block].key.mode;
+    let stepping = mode.has(Mode::STEP);
     let st = e.cpu();
     match action {
         Action::Emulate => {}
@@ -132,8 +134,8 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
     e.stats.emulated += 1;
     st.rip = i.ip();
     match emulate::step(st, e, &i) {
-        Ok(Step::Next) if e.tables.blocks[block as usize].live || e.tables.blocks[block as usize].key.mode.alone() => {
-            if e.events_wait() && !e.tables.blocks[block as usize].key.mode.has(crate::block::Mode::STEP) {
+        Ok(Step::Next) if !ends && (e.tables.blocks[block].live || mode.alone()) => {
+            if e.events_wait() && !stepping {
                 return Back { value: EXIT_RESYNC, bits: Back::LEAVE };
             }
             Back::resume(0, simd)

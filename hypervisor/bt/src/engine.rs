@@ -135,7 +135,8 @@ impl Engine {
         let xmask = paravane_cpu::host_fpu::offered_xcr0();
         (st.xmask_lo, st.xmask_hi) = (xmask as u32, (xmask >> 32) as u32);
         st.host_mxcsr = 0x1f80;
-        let set = |st: &mut BtState, t: Thunk, f: unsafe extern "sysv64" fn()| st.thunks[t as usize] = f as *const () as u64;
+        let set =
+            |st: &mut BtState, t: Thunk, f: unsafe extern "sysv64" fn()| st.thunks[t as usize] = f as *const () as u64;
         set(st, Thunk::Exit, thunks::exit);
         set(st, Thunk::Mem, thunks::mem);
         set(st, Thunk::SegMem, thunks::seg_mem);

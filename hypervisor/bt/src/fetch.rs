@@ -249,8 +249,8 @@ impl Engine {
         let id = self.tables.blocks.len() as BlockId;
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
-        let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip)
-            .translate(&decoded);
+        let t =
+            Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip).translate(&decoded);
         self.decoded = decoded;
         let Some(start) = self.code.place(&self.asm.buf) else {
             self.tables.faults.truncate(faults as usize);

@@ -152,9 +152,9 @@ impl Engine {
             match active {
                 None => self.write_phys(p.gpa, &buf[at..at + p.len]),
                 Some(active) => {
-                for k in (0..p.len).filter(|k| active >> (at + k) & 1 != 0) {
-                    self.write_phys(p.gpa + k as u64, &buf[at + k..at + k + 1]);
-                }
+                    for k in (0..p.len).filter(|k| active >> (at + k) & 1 != 0) {
+                        self.write_phys(p.gpa + k as u64, &buf[at + k..at + k + 1]);
+                    }
                 }
             }
             at += p.len;
@@ -243,8 +243,7 @@ impl Engine {
         let mut page = gpa & !0xfff;
         while page < gpa.saturating_add(len) {
             if let Some(p) = self.pages.get(&page) {
-                let hit: Vec<BlockId> =
-                    p.blocks.iter().copied().filter(|&b| self.block_covers(b, gpa, len)).collect();
+                let hit: Vec<BlockId> = p.blocks.iter().copied().filter(|&b| self.block_covers(b, gpa, len)).collect();
                 for b in hit {
                     self.stats.smc_invalidations += 1;
                     self.kill_block(b);
@@ -379,9 +378,9 @@ impl Engine {
         let Some(at) = self.code.offset_of(host) else { return false };
         let k = self.tables.blocks.partition_point(|b| b.start <= at);
         // A block whose last instruction crosses a page depends on a second mapping, which need not be global.
-        k.checked_sub(1).map(|k| &self.tables.blocks[k]).is_some_and(|b| {
-            b.key.mode.has(crate::block::Mode::GLOBAL) && b.second_page.is_none()
-        })
+        k.checked_sub(1)
+            .map(|k| &self.tables.blocks[k])
+            .is_some_and(|b| b.key.mode.has(crate::block::Mode::GLOBAL) && b.second_page.is_none())
     }
 
     /// Drops one page.

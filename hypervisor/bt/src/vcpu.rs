@@ -47,7 +47,10 @@ impl fmt::Display for BtError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unsupported(what) => {
-                write!(f, "binary translation needs {what}, which this host's CPU does not have; use a host that has it")
+                write!(
+                    f,
+                    "binary translation needs {what}, which this host's CPU does not have; use a host that has it"
+                )
             }
             Self::Host(what) => f.write_str(what),
         }

@@ -148,8 +148,18 @@ fn compute(code: Code) -> Class {
     }
     match info.mnemonic() {
         M::Nop | M::Fnop if info.mnemonic() == M::Nop => return Class::Nop,
-        M::Reservednop | M::Endbr64 | M::Endbr32 | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2
-        | M::Prefetchw | M::Prefetchwt1 | M::Prefetch | M::Rdsspd | M::Rdsspq => return Class::Nop,
+        M::Reservednop
+        | M::Endbr64
+        | M::Endbr32
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchw
+        | M::Prefetchwt1
+        | M::Prefetch
+        | M::Rdsspd
+        | M::Rdsspq => return Class::Nop,
         M::Lea => return Class::Lea,
         M::Bt | M::Bts | M::Btr | M::Btc => return Class::BitTest,
         M::Push => {
@@ -183,20 +193,96 @@ fn compute(code: Code) -> Class {
                 _ => {}
             },
         },
-        M::Cpuid | M::Xgetbv | M::Rdmsr | M::Rdpmc | M::Rdpid | M::In | M::Fxsave | M::Fxsave64 | M::Xsave
-        | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Enter | M::Xlatb | M::Pusha
-        | M::Pushad | M::Popa | M::Popad | M::Daa | M::Das | M::Aaa | M::Aas | M::Aam | M::Aad | M::Bound | M::Salc
-        | M::Maskmovdqu | M::Vmaskmovdqu | M::Maskmovq | M::Fxrstor | M::Fxrstor64 | M::Xrstor | M::Xrstor64
-        | M::Sgdt | M::Sidt | M::Sldt | M::Smsw | M::Str | M::Lar | M::Lsl | M::Verr | M::Verw | M::Arpl
-        | M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq | M::Lodsb | M::Lodsw | M::Lodsd
-        | M::Lodsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsq | M::Insb | M::Insw
+        M::Cpuid
+        | M::Xgetbv
+        | M::Rdmsr
+        | M::Rdpmc
+        | M::Rdpid
+        | M::In
+        | M::Fxsave
+        | M::Fxsave64
+        | M::Xsave
+        | M::Xsave64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Enter
+        | M::Xlatb
+        | M::Pusha
+        | M::Pushad
+        | M::Popa
+        | M::Popad
+        | M::Daa
+        | M::Das
+        | M::Aaa
+        | M::Aas
+        | M::Aam
+        | M::Aad
+        | M::Bound
+        | M::Salc
+        | M::Maskmovdqu
+        | M::Vmaskmovdqu
+        | M::Maskmovq
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Xrstor
+        | M::Xrstor64
+        | M::Sgdt
+        | M::Sidt
+        | M::Sldt
+        | M::Smsw
+        | M::Str
+        | M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Arpl
+        | M::Movsb
+        | M::Movsw
+        | M::Movsq
+        | M::Stosb
+        | M::Stosw
+        | M::Stosd
+        | M::Stosq
+        | M::Lodsb
+        | M::Lodsw
+        | M::Lodsd
+        | M::Lodsq
+        | M::Scasb
+        | M::Scasw
+        | M::Scasd
+        | M::Scasq
+        | M::Cmpsb
+        | M::Cmpsw
+        | M::Cmpsq
+        | M::Insb
+        | M::Insw
         | M::Insd => return Class::Emulate,
         // MOVSD and CMPSD name both a string and an SSE2 instruction.
         M::Movsd | M::Cmpsd if info.op_count() == 2 && matches!(info.op_kind(0), K::es_rDI | K::seg_rSI) => {
             return Class::Emulate;
         }
-        M::Outsb | M::Outsw | M::Outsd | M::Out | M::Hlt | M::Invlpg | M::Invpcid | M::Wrmsr | M::Xsetbv | M::Wrfsbase
-        | M::Wrgsbase | M::Mwait | M::Monitor | M::Lgdt | M::Lidt | M::Lldt | M::Ltr | M::Clts | M::Lmsw | M::Wbinvd
+        M::Outsb
+        | M::Outsw
+        | M::Outsd
+        | M::Out
+        | M::Hlt
+        | M::Invlpg
+        | M::Invpcid
+        | M::Wrmsr
+        | M::Xsetbv
+        | M::Wrfsbase
+        | M::Wrgsbase
+        | M::Mwait
+        | M::Monitor
+        | M::Lgdt
+        | M::Lidt
+        | M::Lldt
+        | M::Ltr
+        | M::Clts
+        | M::Lmsw
+        | M::Wbinvd
         | M::Invd => return Class::EmulateEnd,
         M::Loop => return Class::Loop,
         M::Jcxz | M::Jecxz | M::Jrcxz => return Class::Loop,

@@ -26,7 +26,8 @@ impl Translator<'_> {
 
     /// Whether an exit to `target` may be a patchable jump.
     fn linkable(&self, target: u64) -> bool {
-        !self.mode.alone() && (target >> 12 == self.start_rip >> 12 || (self.mode.has(Mode::GLOBAL) && self.mode.has(Mode::FLAT)))
+        !self.mode.alone()
+            && (target >> 12 == self.start_rip >> 12 || (self.mode.has(Mode::GLOBAL) && self.mode.has(Mode::FLAT)))
     }
 
     /// Leaves for a known RIP, unconditionally.
@@ -214,14 +215,7 @@ impl Translator<'_> {
     }
 
     fn load_from(&mut self, ea: Ea, size: u8, dest: Dest, flags_live: bool) {
-        let acc = Access {
-            ea,
-            size: u16::from(size),
-            read: true,
-            write: false,
-            masked: false,
-            flags_live,
-        };
+        let acc = Access { ea, size: u16::from(size), read: true, write: false, masked: false, flags_live };
         self.emit_access(acc, MemOp::Load(dest, size));
     }
 

@@ -50,8 +50,9 @@ impl Translator<'_> {
     /// Emits one guest instruction, its memory operand (if any) at `loc`.
     pub(crate) fn emit_guest(&mut self, i: &Instruction, loc: Option<Loc>) {
         let mut out = *i;
-        let high = (0..i.op_count())
-            .any(|n| i.op_kind(n) == OpKind::Register && gpr_of(i.op_register(n)).is_some_and(|(_, w)| w == Width::High8));
+        let high = (0..i.op_count()).any(|n| {
+            i.op_kind(n) == OpKind::Register && gpr_of(i.op_register(n)).is_some_and(|(_, w)| w == Width::High8)
+        });
         let implicit = implicit_rcx(i);
         // The guest's RCX must be in a register that can be CL or CH when the instruction insists on it.
         let mut real_rcx = implicit.0 || implicit.1;

@@ -284,7 +284,8 @@ impl<'a> Translator<'a> {
     /// Emits a callout for an instruction. Rust code either comes back behind it or goes elsewhere.
     pub(crate) fn callout(&mut self, i: &Instruction, action: Action) {
         let n = self.tables.callouts.len() as u32;
-        self.tables.callouts.push(Callout { block: self.block, instr: *i, action, simd: self.simd });
+        let ends = ends_block(i);
+        self.tables.callouts.push(Callout { block: self.block, instr: *i, action, simd: self.simd, ends });
         self.asm.mov_imm(H::R15, u64::from(n));
         self.asm.call_gs(Thunk::Emulate.offset());
     }
@@ -357,19 +358,20 @@ impl RawExit {
 
 /// Whether translation stops behind an instruction.
 fn ends_block(i: &Instruction) -> bool {
-    matches!(
-        classify(i.code()),
-        Class::JmpDirect
-            | Class::JmpIndirect
-            | Class::CallDirect
-            | Class::CallIndirect
-            | Class::Ret
-            | Class::Jcc
-            | Class::Loop
-            | Class::Stac
-            | Class::Clac
-            | Class::EmulateEnd
-    )
+    i.is_invalid()
+        || matches!(
+            classify(i.code()),
+            Class::JmpDirect
+                | Class::JmpIndirect
+                | Class::CallDirect
+                | Class::CallIndirect
+                | Class::Ret
+                | Class::Jcc
+                | Class::Loop
+                | Class::Stac
+                | Class::Clac
+                | Class::EmulateEnd
+        )
 }
 
 /// For each instruction, whether any status flag that is live before it may still be read later. All flags are live at
@@ -404,24 +406,22 @@ fn flag_liveness(code: &[Instruction]) -> Vec<bool> {
 /// Instructions whose flag results depend on a count that may be zero.
 fn maybe_unwritten(i: &Instruction) -> bool {
     use Mnemonic as M;
-    matches!(
-        i.mnemonic(),
-        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-    ) && !matches!(
-        i.code(),
-        Code::Shl_rm8_1
-            | Code::Shl_rm16_1
-            | Code::Shl_rm32_1
-            | Code::Shl_rm64_1
-            | Code::Shr_rm8_1
-            | Code::Shr_rm16_1
-            | Code::Shr_rm32_1
-            | Code::Shr_rm64_1
-            | Code::Sar_rm8_1
-            | Code::Sar_rm16_1
-            | Code::Sar_rm32_1
-            | Code::Sar_rm64_1
-    )
+    matches!(i.mnemonic(), M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd)
+        && !matches!(
+            i.code(),
+            Code::Shl_rm8_1
+                | Code::Shl_rm16_1
+                | Code::Shl_rm32_1
+                | Code::Shl_rm64_1
+                | Code::Shr_rm8_1
+                | Code::Shr_rm16_1
+                | Code::Shr_rm32_1
+                | Code::Shr_rm64_1
+                | Code::Sar_rm8_1
+                | Code::Sar_rm16_1
+                | Code::Sar_rm32_1
+                | Code::Sar_rm64_1
+        )
 }
 
 /// A copy of an instruction that stands elsewhere.
