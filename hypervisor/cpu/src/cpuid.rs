@@ -349,40 +349,40 @@ mod tests {
 
     /// (leaf, subleaf, register, bit) that no guest may ever see.
     const NEVER: &[(u32, u32, usize, u32)] = &[
-        (1, 0, 2, 3),  // MONITOR
-        (1, 0, 2, 5),  // VMX
-        (1, 0, 2, 6),  // SMX
-        (1, 0, 2, 7),  // EIST
-        (1, 0, 2, 15), // PDCM
-        (1, 0, 3, 21), // DS
-        (1, 0, 3, 22), // ACPI thermal
-        (1, 0, 3, 29), // TM
-        (7, 0, 1, 2),  // SGX
-        (7, 0, 1, 4),  // HLE
-        (7, 0, 1, 11), // RTM
-        (7, 0, 1, 14), // MPX
-        (7, 0, 1, 25), // PT
-        (7, 0, 2, 3),  // PKU
-        (7, 0, 2, 4),  // OSPKE
-        (7, 0, 2, 5),  // WAITPKG
-        (7, 0, 2, 7),  // CET_SS
-        (7, 0, 2, 16), // LA57
-        (7, 0, 2, 23), // Key Locker
-        (7, 0, 2, 28), // MOVDIR64B
-        (7, 0, 2, 29), // ENQCMD
-        (7, 0, 3, 5),  // UINTR
-        (7, 0, 3, 18), // PCONFIG
-        (7, 0, 3, 20), // CET_IBT
-        (7, 0, 3, 22), // AMX_BF16
-        (7, 0, 3, 24), // AMX_TILE
-        (7, 0, 3, 25), // AMX_INT8
-        (7, 1, 0, 17), // FRED
-        (7, 1, 0, 18), // LKGS
-        (7, 1, 0, 26), // LAM
-        (0xd, 1, 0, 3), // XSAVES
-        (0xd, 1, 0, 4), // XFD
-        (0x8000_0001, 0, 2, 2), // SVM
-        (0x8000_0001, 0, 2, 9), // OSVW
+        (1, 0, 2, 3),            // MONITOR
+        (1, 0, 2, 5),            // VMX
+        (1, 0, 2, 6),            // SMX
+        (1, 0, 2, 7),            // EIST
+        (1, 0, 2, 15),           // PDCM
+        (1, 0, 3, 21),           // DS
+        (1, 0, 3, 22),           // ACPI thermal
+        (1, 0, 3, 29),           // TM
+        (7, 0, 1, 2),            // SGX
+        (7, 0, 1, 4),            // HLE
+        (7, 0, 1, 11),           // RTM
+        (7, 0, 1, 14),           // MPX
+        (7, 0, 1, 25),           // PT
+        (7, 0, 2, 3),            // PKU
+        (7, 0, 2, 4),            // OSPKE
+        (7, 0, 2, 5),            // WAITPKG
+        (7, 0, 2, 7),            // CET_SS
+        (7, 0, 2, 16),           // LA57
+        (7, 0, 2, 23),           // Key Locker
+        (7, 0, 2, 28),           // MOVDIR64B
+        (7, 0, 2, 29),           // ENQCMD
+        (7, 0, 3, 5),            // UINTR
+        (7, 0, 3, 18),           // PCONFIG
+        (7, 0, 3, 20),           // CET_IBT
+        (7, 0, 3, 22),           // AMX_BF16
+        (7, 0, 3, 24),           // AMX_TILE
+        (7, 0, 3, 25),           // AMX_INT8
+        (7, 1, 0, 17),           // FRED
+        (7, 1, 0, 18),           // LKGS
+        (7, 1, 0, 26),           // LAM
+        (0xd, 1, 0, 3),          // XSAVES
+        (0xd, 1, 0, 4),          // XFD
+        (0x8000_0001, 0, 2, 2),  // SVM
+        (0x8000_0001, 0, 2, 9),  // OSVW
         (0x8000_0001, 0, 2, 10), // IBS
         (0x8000_0001, 0, 2, 15), // LWP
         (0x8000_0001, 0, 2, 22), // topology extensions
@@ -437,7 +437,8 @@ mod tests {
 
     #[test]
     fn linux_computes_the_tsc_from_leaf_15() {
-        for (tsc, apic) in [(2_793_437_u32, 1_000_000_u32), (4_700_123, 1_000_000), (2_100_000, 24_000), (800_001, 200_000)]
+        for (tsc, apic) in
+            [(2_793_437_u32, 1_000_000_u32), (4_700_123, 1_000_000), (2_100_000, 24_000), (800_001, 200_000)]
         {
             let (num, den) = tsc_ratio(tsc, apic).unwrap();
             let product = apic.checked_mul(num).expect("32-bit overflow in the guest");

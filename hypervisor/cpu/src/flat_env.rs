@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::cpuid::{CpuidConfig, CpuidPolicy};
 use crate::state::{Segment, cr0, cr4, efer};
-use crate::{Bus, BusOutcome, CpuState, Env, Seg, TlbFlush};
+use crate::{Bus, BusOutcome, CpuState, Env, Exception, Seg, Step, TlbFlush};
 
 /// Where [`FlatEnv::long_mode`] puts its four page tables; RAM below it is free for tests.
 pub(crate) const TABLES: u64 = 0x1f_0000;
@@ -176,5 +176,32 @@ impl Env for FlatEnv {
             return None;
         }
         self.mem.get_mut(gpa as usize..gpa as usize + len).map(<[u8]>::as_mut_ptr)
+    }
+}
+
+/// Decodes `bytes` at the vCPU's RIP and carries them out.
+pub(crate) fn run(st: &mut CpuState, env: &mut FlatEnv, bytes: &[u8]) -> Option<Result<Step, Exception>> {
+    let i = iced_x86::Decoder::with_ip(st.code_bits(), bytes, st.rip, iced_x86::DecoderOptions::NONE).decode();
+    assert_ne!(i.mnemonic(), iced_x86::Mnemonic::INVALID, "test bytes {bytes:02x?}");
+    crate::rare::emulate(st, env, &i)
+}
+
+/// A small generator of test values (xorshift).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub(crate) fn fill(&mut self, data: &mut [u8]) {
+        data.fill_with(|| self.next() as u8);
     }
 }

@@ -86,11 +86,8 @@ fn elements<E: Env + ?Sized>(
         if active & (1 << e) == 0 {
             continue;
         }
-        let index = if index_bytes == 8 {
-            get64(&indices, 8 * e)
-        } else {
-            i64::from(le32(&indices, 4 * e) as i32) as u64
-        };
+        let index =
+            if index_bytes == 8 { get64(&indices, 8 * e) } else { i64::from(le32(&indices, 4 * e) as i32) as u64 };
         let offset = ea::truncate(base.wrapping_add(index.wrapping_mul(scale)), bits);
         let slot = e * data_bytes..(e + 1) * data_bytes;
         let done = ea::segmented(st, seg, offset, data_bytes, scatter).and_then(|la| {

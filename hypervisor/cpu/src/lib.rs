@@ -16,6 +16,7 @@ mod far;
 mod gather;
 pub mod host_fpu;
 pub mod interrupt;
+pub mod masked;
 pub mod mem;
 mod misc;
 pub mod mmu;
@@ -32,6 +33,8 @@ mod xsave;
 
 #[cfg(test)]
 mod flat_env;
+#[cfg(test)]
+mod testkit;
 
 pub use env::{Bus, BusOutcome, Env, TlbFlush};
 pub use exit::{Exception, PageFaultCode, Step, StopReason, VcpuExit};

@@ -73,26 +73,94 @@ fn no_suppression(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         m,
-        M::Valignd | M::Valignq | M::Vdbpsadbw | M::Vextractf32x4 | M::Vextractf32x8 | M::Vextractf64x2
-            | M::Vextractf64x4 | M::Vextracti32x4 | M::Vextracti32x8 | M::Vextracti64x2 | M::Vextracti64x4
-            | M::Vgf2p8affineinvqb | M::Vgf2p8affineqb | M::Vinsertf32x4 | M::Vinsertf32x8 | M::Vinsertf64x2
-            | M::Vinsertf64x4 | M::Vinserti32x4 | M::Vinserti32x8 | M::Vinserti64x2 | M::Vinserti64x4 | M::Vmovddup
-            | M::Vmovshdup | M::Vmovsldup | M::Vpackssdw | M::Vpacksswb | M::Vpackusdw | M::Vpackuswb
-            | M::Vpalignr | M::Vpconflictd | M::Vpconflictq | M::Vpermb | M::Vpermd | M::Vpermi2b | M::Vpermi2d
-            | M::Vpermi2pd | M::Vpermi2ps | M::Vpermi2q | M::Vpermi2w | M::Vpermilpd | M::Vpermilps | M::Vpermpd
-            | M::Vpermps | M::Vpermq | M::Vpermt2b | M::Vpermt2d | M::Vpermt2pd | M::Vpermt2ps | M::Vpermt2q
-            | M::Vpermt2w | M::Vpermw | M::Vpmaddubsw | M::Vpmaddwd | M::Vpmultishiftqb | M::Vpshufb
-            | M::Vpshufbitqmb | M::Vpshufd | M::Vpshufhw | M::Vpshuflw | M::Vpunpckhbw | M::Vpunpckhdq
-            | M::Vpunpckhqdq | M::Vpunpckhwd | M::Vpunpcklbw | M::Vpunpckldq | M::Vpunpcklqdq | M::Vpunpcklwd
-            | M::Vshuff32x4 | M::Vshuff64x2 | M::Vshufi32x4 | M::Vshufi64x2 | M::Vshufpd | M::Vshufps
-            | M::Vunpckhpd | M::Vunpckhps | M::Vunpcklpd | M::Vunpcklps | M::Vcvtne2ps2bf16
+        M::Valignd
+            | M::Valignq
+            | M::Vdbpsadbw
+            | M::Vextractf32x4
+            | M::Vextractf32x8
+            | M::Vextractf64x2
+            | M::Vextractf64x4
+            | M::Vextracti32x4
+            | M::Vextracti32x8
+            | M::Vextracti64x2
+            | M::Vextracti64x4
+            | M::Vgf2p8affineinvqb
+            | M::Vgf2p8affineqb
+            | M::Vinsertf32x4
+            | M::Vinsertf32x8
+            | M::Vinsertf64x2
+            | M::Vinsertf64x4
+            | M::Vinserti32x4
+            | M::Vinserti32x8
+            | M::Vinserti64x2
+            | M::Vinserti64x4
+            | M::Vmovddup
+            | M::Vmovshdup
+            | M::Vmovsldup
+            | M::Vpackssdw
+            | M::Vpacksswb
+            | M::Vpackusdw
+            | M::Vpackuswb
+            | M::Vpalignr
+            | M::Vpconflictd
+            | M::Vpconflictq
+            | M::Vpermb
+            | M::Vpermd
+            | M::Vpermi2b
+            | M::Vpermi2d
+            | M::Vpermi2pd
+            | M::Vpermi2ps
+            | M::Vpermi2q
+            | M::Vpermi2w
+            | M::Vpermilpd
+            | M::Vpermilps
+            | M::Vpermpd
+            | M::Vpermps
+            | M::Vpermq
+            | M::Vpermt2b
+            | M::Vpermt2d
+            | M::Vpermt2pd
+            | M::Vpermt2ps
+            | M::Vpermt2q
+            | M::Vpermt2w
+            | M::Vpermw
+            | M::Vpmaddubsw
+            | M::Vpmaddwd
+            | M::Vpmultishiftqb
+            | M::Vpshufb
+            | M::Vpshufbitqmb
+            | M::Vpshufd
+            | M::Vpshufhw
+            | M::Vpshuflw
+            | M::Vpunpckhbw
+            | M::Vpunpckhdq
+            | M::Vpunpckhqdq
+            | M::Vpunpckhwd
+            | M::Vpunpcklbw
+            | M::Vpunpckldq
+            | M::Vpunpcklqdq
+            | M::Vpunpcklwd
+            | M::Vshuff32x4
+            | M::Vshuff64x2
+            | M::Vshufi32x4
+            | M::Vshufi64x2
+            | M::Vshufpd
+            | M::Vshufps
+            | M::Vunpckhpd
+            | M::Vunpckhps
+            | M::Vunpcklpd
+            | M::Vunpcklps
+            | M::Vcvtne2ps2bf16
     )
 }
 
 /// Shifts whose count may be a 128-bit memory operand, which is then read whole.
 fn shift_by_count(m: Mnemonic) -> bool {
     use Mnemonic as M;
-    matches!(m, M::Vpsllw | M::Vpslld | M::Vpsllq | M::Vpsrlw | M::Vpsrld | M::Vpsrlq | M::Vpsraw | M::Vpsrad | M::Vpsraq)
+    matches!(
+        m,
+        M::Vpsllw | M::Vpslld | M::Vpsllq | M::Vpsrlw | M::Vpsrld | M::Vpsrlq | M::Vpsraw | M::Vpsrad | M::Vpsraq
+    )
 }
 
 fn memory_operand(i: &Instruction) -> Option<u32> {
@@ -160,10 +228,22 @@ fn is_repeating(m: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         m,
-        M::Vbroadcastss | M::Vbroadcastsd | M::Vpbroadcastb | M::Vpbroadcastw | M::Vpbroadcastd | M::Vpbroadcastq
-            | M::Vbroadcastf32x2 | M::Vbroadcastf32x4 | M::Vbroadcastf32x8 | M::Vbroadcastf64x2
-            | M::Vbroadcastf64x4 | M::Vbroadcasti32x2 | M::Vbroadcasti32x4 | M::Vbroadcasti32x8
-            | M::Vbroadcasti64x2 | M::Vbroadcasti64x4
+        M::Vbroadcastss
+            | M::Vbroadcastsd
+            | M::Vpbroadcastb
+            | M::Vpbroadcastw
+            | M::Vpbroadcastd
+            | M::Vpbroadcastq
+            | M::Vbroadcastf32x2
+            | M::Vbroadcastf32x4
+            | M::Vbroadcastf32x8
+            | M::Vbroadcastf64x2
+            | M::Vbroadcastf64x4
+            | M::Vbroadcasti32x2
+            | M::Vbroadcasti32x4
+            | M::Vbroadcasti32x8
+            | M::Vbroadcasti64x2
+            | M::Vbroadcasti64x4
     )
 }
 

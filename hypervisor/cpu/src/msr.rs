@@ -230,12 +230,7 @@ fn mtrr_type(t: u8) -> bool {
     matches!(t, 0 | 1 | 4 | 5 | 6)
 }
 
-fn write_efer<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    value: u64,
-    vendor: Vendor,
-) -> Result<Step, Exception> {
+fn write_efer<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, value: u64, vendor: Vendor) -> Result<Step, Exception> {
     let own = efer::SCE | efer::LME | efer::NXE | if vendor == Vendor::Amd { EFER_AIBRSE } else { 0 };
     if value & !(own | efer::LMA) != 0 {
         return gp();

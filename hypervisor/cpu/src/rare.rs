@@ -16,11 +16,7 @@ use crate::state::{cr0, cr4, rflags};
 use crate::{CpuState, Env, Exception, Reg, Step, gather, misc, msr, string, x87env, xsave};
 
 /// Carries out `i`, or gives `None` when it is not one of this module's instructions.
-pub fn emulate<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    i: &Instruction,
-) -> Option<Result<Step, Exception>> {
+pub fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instruction) -> Option<Result<Step, Exception>> {
     use Mnemonic as M;
     if string::is_string(i) {
         return Some(string::emulate(st, env, i)); // moves RIP itself
@@ -82,7 +78,7 @@ pub(crate) fn zsp(value: u64, bytes: usize) -> u64 {
     if v >> (bytes * 8 - 1) & 1 != 0 {
         f |= rflags::SF;
     }
-    if (v as u8).count_ones() % 2 == 0 {
+    if (v as u8).count_ones().is_multiple_of(2) {
         f |= rflags::PF;
     }
     f
@@ -147,17 +143,7 @@ fn rdtsc<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, with_aux: bool) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flat_env::FlatEnv;
-
-    /// Decodes `bytes` at the vCPU's RIP and carries them out.
-    fn run(st: &mut CpuState, env: &mut FlatEnv, bytes: &[u8]) -> Option<Result<Step, Exception>> {
-        let i = decode(st, bytes);
-        emulate(st, env, &i)
-    }
-
-    fn decode(st: &CpuState, bytes: &[u8]) -> Instruction {
-        iced_x86::Decoder::with_ip(st.code_bits(), bytes, st.rip, 0).decode()
-    }
+    use crate::flat_env::{FlatEnv, run};
 
     #[test]
     fn privilege_and_timestamp_rules() {
@@ -187,8 +173,7 @@ mod tests {
     fn rip_wraps_with_the_code_size() {
         let (mut st, mut env) = FlatEnv::legacy(16);
         st.rip = 0xffff;
-        let i = decode(&st, &[0x0f, 0xa2]);
-        assert!(emulate(&mut st, &mut env, &i).unwrap().is_ok());
+        assert!(run(&mut st, &mut env, &[0x0f, 0xa2]).unwrap().is_ok());
         assert_eq!(st.rip, 1);
     }
 }

@@ -96,12 +96,7 @@ fn memory_operand(i: &Instruction) -> Option<u32> {
         use OpKind as K;
         matches!(
             i.op_kind(n),
-            K::MemorySegSI
-                | K::MemorySegESI
-                | K::MemorySegRSI
-                | K::MemoryESDI
-                | K::MemoryESEDI
-                | K::MemoryESRDI
+            K::MemorySegSI | K::MemorySegESI | K::MemorySegRSI | K::MemoryESDI | K::MemoryESEDI | K::MemoryESRDI
         )
     })
 }
@@ -182,11 +177,7 @@ impl Op {
 }
 
 /// Carries out the string instruction `i` and moves RIP, unless a repeated one has more to do.
-pub(crate) fn emulate<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    i: &Instruction,
-) -> Result<Step, Exception> {
+pub(crate) fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instruction) -> Result<Step, Exception> {
     let Some(op) = Op::new(st, i) else { return Err(Exception::InvalidOpcode) };
     if !op.rep {
         let (_, outcome) = element(st, env, &op)?;

@@ -39,7 +39,7 @@ pub(crate) fn emulate<E: Env + ?Sized>(
         Code::Fldenv_m28byte => load(st, env, i, 4, false),
         Code::Frstor_m94byte => load(st, env, i, 2, true),
         Code::Frstor_m108byte => load(st, env, i, 4, true),
-        Code::Fninit => available(st).map(|()| simd::initialise(st, 0)),
+        Code::Fninit => available(st).map(|()| initialise(st)),
         _ => return None,
     };
     Some(done.map(|()| Step::Next))
@@ -52,6 +52,11 @@ fn available(st: &CpuState) -> Result<(), Exception> {
 /// Offset of ST(`n`) in the image.
 fn st_at(n: usize) -> usize {
     32 + 16 * n
+}
+
+/// The physical register that is ST(0).
+fn top(st: &CpuState) -> usize {
+    usize::from(st.xsave.0[3] >> 3 & 7)
 }
 
 /// Tag of an 80-bit value in a register that is not empty: 0 valid, 1 zero, 2 special.
@@ -70,7 +75,7 @@ fn environment(st: &CpuState) -> Environment {
     let b = &st.xsave.0;
     let word = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
     let fsw = word(2);
-    let top = usize::from(fsw >> 11 & 7);
+    let top = top(st);
     let mut ftw = 0;
     for physical in 0..8 {
         let at = st_at((physical + 8 - top) & 7);
@@ -98,6 +103,21 @@ fn set_environment(st: &mut CpuState, e: &Environment) {
     b[6..8].copy_from_slice(&(e.fop & 0x7ff).to_le_bytes());
     b[8..16].copy_from_slice(&e.fip.to_le_bytes());
     b[16..24].copy_from_slice(&e.fdp.to_le_bytes());
+}
+
+/// Moves the register contents after TOP has changed: it renames the registers, and the image keeps them in ST order.
+fn follow_top(st: &mut CpuState, old_top: usize) {
+    let turn = (top(st) + 8 - old_top) & 7;
+    st.xsave.0[st_at(0)..st_at(8)].rotate_left(16 * turn);
+}
+
+/// FNINIT: all registers become empty but keep their contents, which FNSAVE and FXSAVE still show.
+fn initialise(st: &mut CpuState) {
+    if simd::in_use(st) & 1 != 0 {
+        let old_top = top(st);
+        set_environment(st, &Environment { fcw: 0x037f, fsw: 0, ftw: 0xffff, fop: 0, fip: 0, fdp: 0 });
+        follow_top(st, old_top);
+    }
 }
 
 /// Whether the real-address and virtual-8086 layout applies, where pointers are 20- or 32-bit linear addresses.
@@ -174,7 +194,7 @@ fn store<E: Env + ?Sized>(
     }
     mem::write(st, env, la, &out[..len], Privilege::Current)?;
     if whole {
-        simd::initialise(st, 0);
+        initialise(st);
     } else {
         simd::materialise(st, 0);
         set_environment(st, &Environment { fcw: e.fcw | 0x3f, ..e }); // FNSTENV masks all exceptions
@@ -191,14 +211,20 @@ fn load<E: Env + ?Sized>(
     whole: bool,
 ) -> Result<(), Exception> {
     available(st)?;
+    if simd::in_use(st) & 1 != 0 && st.xsave.0[2] & 0x80 != 0 {
+        return Err(Exception::FpuError); // unlike the stores, these wait for an unmasked exception
+    }
     let head = 7 * unit;
     let len = if whole { head + 80 } else { head };
     let la = ea::linear(st, i, 0, len, false)?;
     let mut b = [0; 108];
     mem::read(st, env, la, &mut b[..len], Privilege::Current)?;
     simd::materialise(st, 0);
+    let old_top = top(st);
     set_environment(st, &decode(&b, unit, real_layout(st)));
-    if whole {
+    if !whole {
+        follow_top(st, old_top);
+    } else {
         for n in 0..8 {
             let from = head + 10 * n;
             st.xsave.0[st_at(n)..st_at(n) + 10].copy_from_slice(&b[from..from + 10]);

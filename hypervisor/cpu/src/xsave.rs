@@ -36,10 +36,8 @@ pub(crate) fn emulate<E: Env + ?Sized>(
     i: &Instruction,
 ) -> Option<Result<Step, Exception>> {
     use Mnemonic as M;
-    let wide = matches!(
-        i.mnemonic(),
-        M::Xsave64 | M::Xsaveopt64 | M::Xsavec64 | M::Xrstor64 | M::Fxsave64 | M::Fxrstor64
-    );
+    let wide =
+        matches!(i.mnemonic(), M::Xsave64 | M::Xsaveopt64 | M::Xsavec64 | M::Xrstor64 | M::Fxsave64 | M::Fxrstor64);
     Some(match i.mnemonic() {
         M::Xsave | M::Xsave64 => save(st, env, i, Form::Plain, wide),
         M::Xsaveopt | M::Xsaveopt64 => save(st, env, i, Form::Optimised, wide),
@@ -193,12 +191,7 @@ enum NewMxcsr {
     Set(u32),
 }
 
-fn restore<E: Env + ?Sized>(
-    st: &mut CpuState,
-    env: &mut E,
-    i: &Instruction,
-    wide: bool,
-) -> Result<Step, Exception> {
+fn restore<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instruction, wide: bool) -> Result<Step, Exception> {
     let rfbm = requested(st)?;
     let la = area(st, i, LEGACY_AND_HEADER, 64, false)?;
     let mut b = [0; XSAVE_BYTES];
