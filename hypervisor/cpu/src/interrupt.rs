@@ -433,3 +433,6 @@ fn enter_long<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, event: &Event) ->
     st.rflags = handler_flags(st.rflags, gate.interrupt);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
