@@ -561,3 +561,6 @@ pub(crate) fn far_pointer<E: Env + ?Sized>(
     let selector = read_linear(st, env, la.wrapping_add(size as u64), 2)?;
     Ok((selector as u16, offset))
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@ use iced_x86::{Decoder, DecoderOptions};
 
 use crate::emulate;
 use crate::flat_env::FlatEnv;
-use crate::state::{Seg, Segment, TableReg, cr0, efer, rflags};
+use crate::state::{Seg, Segment, TableReg, rflags};
 use crate::{CpuState, Exception, Reg, Step};
 
 pub(crate) const GDT: u64 = 0x4000;
@@ -201,15 +201,6 @@ impl Machine {
         let e = self.run(bytes).expect_err("the instruction must fault");
         assert_eq!(registers(&self.st), before, "a fault leaves the registers alone");
         e
-    }
-
-    /// The same in virtual long mode with paging off for legacy tests: sets EFER bits.
-    pub(crate) fn enable_syscall(&mut self) {
-        self.st.efer |= efer::SCE;
-    }
-
-    pub(crate) fn set_paging(&mut self, on: bool) {
-        self.st.cr0 = if on { self.st.cr0 | cr0::PG } else { self.st.cr0 & !cr0::PG };
     }
 }
 
