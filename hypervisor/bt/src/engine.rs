@@ -40,6 +40,34 @@ impl Hasher for WordHasher {
 
 pub(crate) type WordMap<K, V> = HashMap<K, V, BuildHasherDefault<WordHasher>>;
 
+/// Which entries of a cache are in use, so that a flush costs what is in it and not what could be. An index may stand in a list
+/// although its entry was replaced; clearing it then is needless but right.
+#[derive(Default)]
+pub(crate) struct Used {
+    /// Entries that a CR3 load drops.
+    pub(crate) local: Vec<u16>,
+    /// Entries of global pages.
+    pub(crate) global: Vec<u16>,
+}
+
+impl Used {
+    /// Notes entry `n`, of a cache with `entries` of them.
+    pub(crate) fn note(&mut self, n: usize, global: bool, entries: usize) {
+        let list = if global { &mut self.global } else { &mut self.local };
+        list.push(n as u16);
+        if list.len() > 2 * entries {
+            list.sort_unstable();
+            list.dedup();
+        }
+    }
+
+    /// Takes all indices.
+    pub(crate) fn take(&mut self) -> impl Iterator<Item = usize> + use<> {
+        let (a, b) = (std::mem::take(&mut self.local), std::mem::take(&mut self.global));
+        a.into_iter().chain(b).map(usize::from)
+    }
+}
+
 /// A run of guest RAM and where the host has it.
 #[derive(Clone, Copy)]
 pub(crate) struct RamRegion {
@@ -97,8 +125,10 @@ pub(crate) struct Engine {
     pub(crate) cross_links: Vec<u32>,
     /// The mode whose blocks each view's jump cache holds.
     pub(crate) jc_mode: [Option<Mode>; VIEWS],
-    pub(crate) jc_used: [Vec<u16>; VIEWS],
-    pub(crate) tlb_used: [Vec<u16>; VIEWS],
+    pub(crate) jc_used: [Used; VIEWS],
+    pub(crate) tlb_used: [Used; VIEWS],
+    /// Whether a jump-cache entry in use was noted as local.
+    pub(crate) jc_local: [Vec<bool>; VIEWS],
     /// 2 MiB regions (hashed) that have entries of large pages in the soft TLB.
     pub(crate) large: [u64; 16],
     /// Where the operand in the bounce buffer goes.
@@ -162,6 +192,7 @@ impl Engine {
             jc_mode: [None; VIEWS],
             jc_used: Default::default(),
             tlb_used: Default::default(),
+            jc_local: std::array::from_fn(|_| vec![false; JC_ENTRIES]),
             large: [0; 16],
             bounce: softmmu::BounceTarget::default(),
             asm: Asm::new(),

@@ -157,16 +157,16 @@ impl Engine {
             self.flush_jump_cache(view);
             self.jc_mode[view] = Some(shared);
         }
-        let _ = crosses;
         let n = key.rip as usize & (JC_ENTRIES - 1);
         let jc = &mut self.shared().jc[view];
+        // A block whose last instruction crosses a page depends on a second mapping, which need not be global.
+        let global = key.mode.has(Mode::GLOBAL) && !crosses;
+        if jc.host[n] == 0 || self.jc_local[view][n] == global {
+            self.jc_used[view].note(n, global, JC_ENTRIES);
+            self.jc_local[view][n] = !global;
+        }
         jc.neg_rip[n] = key.rip.wrapping_neg();
         jc.host[n] = target;
-        self.jc_used[view].push(n as u16);
-        if self.jc_used[view].len() > 2 * JC_ENTRIES {
-            self.jc_used[view].sort_unstable();
-            self.jc_used[view].dedup();
-        }
         target
     }
 

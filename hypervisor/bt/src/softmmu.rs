@@ -74,8 +74,8 @@ impl Engine {
         let n = (la >> 12) as usize & (TLB_ENTRIES - 1);
         let entry = &mut self.shared().tlb[view][n];
         let ntag = (la & !0xfff).wrapping_neg();
-        if entry.gpa == NO_PAGE {
-            self.tlb_used[view].push(n as u16);
+        if entry.gpa == NO_PAGE || (entry.gpa & TLB_GLOBAL != 0) != global {
+            self.tlb_used[view].note(n, global, TLB_ENTRIES);
         }
         let was_writable = entry.ntag_r == ntag && entry.ntag_w == ntag && entry.gpa & !0xfff == page;
         let write = (writable || was_writable) && !self.pages.contains_key(&page);
@@ -269,10 +269,11 @@ impl Engine {
             return;
         }
         for view in 0..VIEWS {
-            for &n in &self.tlb_used[view] {
-                let e = &mut self.shared().tlb[view][usize::from(n)];
+            let used = &self.tlb_used[view];
+            for n in used.local.iter().chain(&used.global).map(|&n| usize::from(n)) {
+                let e = &mut self.shared().tlb[view][n];
                 if e.gpa & !0xfff == page {
-                    e.ntag_w = empty_ntag(usize::from(n));
+                    e.ntag_w = empty_ntag(n);
                 }
             }
         }
@@ -285,7 +286,7 @@ impl Engine {
             for n in 0..TLB_ENTRIES {
                 self.clear_tlb_entry(view, n);
             }
-            self.tlb_used[view].clear();
+            self.tlb_used[view] = Default::default();
         }
     }
 
@@ -299,7 +300,7 @@ impl Engine {
             for n in 0..JC_ENTRIES {
                 self.clear_jump_cache_entry(view, n);
             }
-            self.jc_used[view].clear();
+            self.jc_used[view] = Default::default();
         }
     }
 
@@ -310,8 +311,8 @@ impl Engine {
     }
 
     pub(crate) fn flush_jump_cache(&mut self, view: usize) {
-        for n in std::mem::take(&mut self.jc_used[view]) {
-            self.clear_jump_cache_entry(view, usize::from(n));
+        for n in self.jc_used[view].take() {
+            self.clear_jump_cache_entry(view, n);
         }
     }
 
@@ -335,8 +336,8 @@ impl Engine {
     pub(crate) fn flush_all_translations(&mut self) {
         self.stats.tlb_flushes += 1;
         for view in 0..VIEWS {
-            for n in std::mem::take(&mut self.tlb_used[view]) {
-                self.clear_tlb_entry(view, usize::from(n));
+            for n in self.tlb_used[view].take() {
+                self.clear_tlb_entry(view, n);
             }
         }
         self.large = [0; 16];
@@ -347,40 +348,19 @@ impl Engine {
     /// Drops what a CR3 load drops.
     pub(crate) fn flush_non_global(&mut self) {
         self.stats.tlb_flushes += 1;
-        for view in 0..VIEWS {
-            let mut used = std::mem::take(&mut self.tlb_used[view]);
-            used.retain(|&n| {
-                let keep = self.shared().tlb[view][usize::from(n)].gpa & TLB_GLOBAL != 0;
-                if !keep {
-                    self.clear_tlb_entry(view, usize::from(n));
-                }
-                keep
-            });
-            self.tlb_used[view] = used;
-        }
         self.exec_tlb.clear_non_global();
         for view in 0..VIEWS {
-            let used = std::mem::take(&mut self.jc_used[view]);
-            let mut kept = Vec::with_capacity(used.len());
-            for n in used {
-                if self.jump_cache_entry_is_global(view, usize::from(n)) {
-                    kept.push(n);
-                } else {
-                    self.clear_jump_cache_entry(view, usize::from(n));
-                }
+            let mut used = std::mem::take(&mut self.tlb_used[view].local);
+            for n in used.drain(..) {
+                self.clear_tlb_entry(view, usize::from(n));
             }
-            self.jc_used[view] = kept;
+            self.tlb_used[view].local = used;
+            let mut used = std::mem::take(&mut self.jc_used[view].local);
+            for n in used.drain(..) {
+                self.clear_jump_cache_entry(view, usize::from(n));
+            }
+            self.jc_used[view].local = used;
         }
-    }
-
-    fn jump_cache_entry_is_global(&self, view: usize, n: usize) -> bool {
-        let host = self.shared().jc[view].host[n];
-        let Some(at) = self.code.offset_of(host) else { return false };
-        let k = self.tables.blocks.partition_point(|b| b.start <= at);
-        // A block whose last instruction crosses a page depends on a second mapping, which need not be global.
-        k.checked_sub(1)
-            .map(|k| &self.tables.blocks[k])
-            .is_some_and(|b| b.key.mode.has(crate::block::Mode::GLOBAL) && b.second_page.is_none())
     }
 
     /// Drops one page.
@@ -396,9 +376,6 @@ impl Engine {
             let e = &self.shared().tlb[view][n];
             if e.gpa != NO_PAGE && e.ntag_r == page.wrapping_neg() {
                 self.clear_tlb_entry(view, n);
-                if let Some(k) = self.tlb_used[view].iter().position(|&u| usize::from(u) == n) {
-                    self.tlb_used[view].swap_remove(k);
-                }
             }
         }
         if self.exec_tlb.seen(page) {
