@@ -1,7 +1,7 @@
 //! A world for unit tests: a flat piece of RAM, optional identity page tables in it, and a bus that records.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use crate::cpuid::{CpuidConfig, CpuidPolicy};
 use crate::state::{Segment, cr0, cr4, efer};
@@ -65,21 +65,12 @@ pub(crate) struct FlatEnv {
     pub(crate) flushes: Vec<TlbFlush>,
     /// Hand out host pointers for bulk copies.
     pub(crate) fast: bool,
-    policy: CpuidPolicy,
 }
 
 impl FlatEnv {
     /// `bytes` of RAM, at least enough for the page tables if they are wanted.
     pub(crate) fn new(bytes: usize) -> Self {
-        let cfg = CpuidConfig { cpus: 1, tsc_khz: 2_000_000, apic_hz: 1_000_000_000 };
-        Self {
-            mem: vec![0; bytes],
-            bus: RecordingBus::default(),
-            tsc: 0,
-            flushes: Vec::new(),
-            fast: false,
-            policy: CpuidPolicy::host(&cfg),
-        }
+        Self { mem: vec![0; bytes], bus: RecordingBus::default(), tsc: 0, flushes: Vec::new(), fast: false }
     }
 
     /// A ring-3 64-bit vCPU whose first 2 MiB are identity-mapped in 4 KiB user pages, and its world.
@@ -169,7 +160,8 @@ impl Env for FlatEnv {
     }
     fn note_outcome(&mut self, _: BusOutcome) {}
     fn cpuid(&self) -> &CpuidPolicy {
-        &self.policy
+        static POLICY: OnceLock<CpuidPolicy> = OnceLock::new(); // CPUID is slow under some hypervisors
+        POLICY.get_or_init(|| CpuidPolicy::host(&CpuidConfig { cpus: 1, tsc_khz: 2_000_000, apic_hz: 1_000_000_000 }))
     }
     fn ram_slice(&mut self, gpa: u64, len: usize, _: bool) -> Option<*mut u8> {
         if !self.fast {

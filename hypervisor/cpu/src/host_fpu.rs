@@ -21,7 +21,7 @@ pub struct Component {
     pub offset: usize,
     /// Size in bytes; 0 means the host does not have it.
     pub size: usize,
-    /// In the compacted format it starts at a multiple of 64 (CPUID.0xD.i:ECX[1]).
+    /// In the compacted format it starts at a multiple of 64 (CPUID leaf 0xD, subleaf i, ECX bit 1).
     pub align64: bool,
 }
 

@@ -261,6 +261,33 @@ mod tests {
         }
     }
 
+    /// What stock kernels read at boot without asking CPUID and without a fixup, or write back as read.
+    #[test]
+    fn kernels_find_what_they_do_not_ask_for() {
+        let (mut st, mut env) = (CpuState::reset(0), FlatEnv::new(0));
+        let mut list = vec![
+            0x10, 0x17, 0x1b, 0x3a, 0x3b, 0x48, 0x8b, 0xce, 0xfe, 0x140, 0x174, 0x175, 0x176, 0x179, 0x17a, 0x198,
+            0x1a0, 0x1d9, 0x250, 0x258, 0x259, 0x277, 0x2ff,
+        ];
+        list.extend(0x200..=0x20f);
+        list.extend(0x268..=0x26f);
+        list.extend(0xc000_0080..=0xc000_0084_u32);
+        list.extend(0xc000_0100..=0xc000_0103);
+        match env.cpuid().vendor() {
+            Vendor::Amd => list.extend([0xc001_0010, 0xc001_0015, 0xc001_001f, 0xc001_0140, 0xc001_0141, 0xc001_1029]),
+            _ => list.push(0x10a),
+        }
+        for msr in list {
+            let value = read(&st, &env, msr);
+            assert!(value.is_ok(), "{msr:#x}");
+            // Read-only, or the local APIC's.
+            if !matches!(msr, 0x17 | 0x1b | 0x3a | 0xce | 0xfe | 0x10a | 0x179 | 0x198) {
+                assert!(write(&mut st, &mut env, msr, value.unwrap()).is_ok(), "{msr:#x}");
+                assert_eq!(read(&st, &env, msr), value, "{msr:#x}");
+            }
+        }
+    }
+
     #[test]
     fn efer_checks() {
         let (mut st, mut env) = (CpuState::reset(0), FlatEnv::new(0));

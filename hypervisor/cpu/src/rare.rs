@@ -141,6 +141,9 @@ fn rdtsc<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, with_aux: bool) -> Res
 }
 
 #[cfg(test)]
+mod hostile;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::flat_env::{FlatEnv, run};

@@ -179,8 +179,8 @@ fn store<E: Env + ?Sized>(
     let head = 7 * unit;
     let len = if whole { head + 80 } else { head };
     let la = ea::linear(st, i, 0, len, true)?;
-    let was_used = simd::in_use(st) & 1 != 0;
-    if !was_used {
+    mem::probe_write(st, env, la, len, Privilege::Current)?;
+    if simd::in_use(st) & 1 == 0 {
         simd::initialise(st, 0); // same meaning, exact bytes
     }
     let e = environment(st);

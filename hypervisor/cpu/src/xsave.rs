@@ -112,7 +112,7 @@ impl Draft {
     }
 }
 
-/// The 24 bytes of x87 control state. Selectors are not kept (CPUID.7:EBX[13]), so the 32-bit form has zeros there.
+/// The 24 bytes of x87 control state. Selectors are not kept (CPUID leaf 7, EBX bit 13), so the 32-bit form has zeros there.
 fn x87_control(image: &[u8], wide: bool) -> [u8; 24] {
     let mut c = [0; 24];
     c.copy_from_slice(&image[..24]);
