@@ -266,3 +266,6 @@ fn popf<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, size: usize) -> Outcome
     st.rflags = new;
     Ok(step)
 }
+
+#[cfg(test)]
+mod tests;

@@ -214,3 +214,6 @@ impl Piece {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

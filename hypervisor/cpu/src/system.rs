@@ -392,3 +392,6 @@ fn write_base(st: &mut CpuState, i: &Instruction, seg: Seg) -> Outcome {
     st.seg[seg as usize].base = value;
     Ok(Step::Next)
 }
+
+#[cfg(test)]
+mod tests;

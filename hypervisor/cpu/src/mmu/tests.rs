@@ -205,14 +205,8 @@ fn two_level_paging() {
     assert_eq!((t.gpa, t.page_shift, t.dirty, t.executable), (0xfee0_0678, 12, true, true));
     assert_eq!((get(&mut env, ROOT + 4, 4), get(&mut env, L1 + 20, 4)), (L1 | 0x27, 0xfee0_0067));
     put32(&mut env, L1 + 20, 0xfee0_0001);
-    assert!(matches!(
-        walk(&st, &mut env, LA32, user(WRITE)),
-        Err(Exception::PageFault { addr: LA32, code: 7 })
-    ));
-    assert!(matches!(
-        walk(&st, &mut env, LA32 + 0x1000, user(EXEC)),
-        Err(Exception::PageFault { code: pf::U, .. })
-    ));
+    assert!(matches!(walk(&st, &mut env, LA32, user(WRITE)), Err(Exception::PageFault { addr: LA32, code: 7 })));
+    assert!(matches!(walk(&st, &mut env, LA32 + 0x1000, user(EXEC)), Err(Exception::PageFault { code: pf::U, .. })));
     // Without PSE the page-size bit means nothing.
     put32(&mut env, ROOT + 4, L1 as u32 | 0x87);
     assert_eq!(walk(&st, &mut env, LA32, READ).unwrap().page_shift, 12);
