@@ -129,8 +129,8 @@ pub(crate) struct Engine {
     pub(crate) tlb_used: [Used; VIEWS],
     /// Whether a jump-cache entry in use was noted as local.
     pub(crate) jc_local: [Vec<bool>; VIEWS],
-    /// 2 MiB regions (hashed) that have entries of large pages in the soft TLB.
-    pub(crate) large: [u64; 16],
+    /// Large pages, by size, that the soft TLB holds parts of.
+    pub(crate) large: [(u32, WordMap<u64, ()>); 3],
     /// Where the operand in the bounce buffer goes.
     pub(crate) bounce: softmmu::BounceTarget,
 
@@ -193,7 +193,7 @@ impl Engine {
             jc_used: Default::default(),
             tlb_used: Default::default(),
             jc_local: std::array::from_fn(|_| vec![false; JC_ENTRIES]),
-            large: [0; 16],
+            large: [21, 22, 30].map(|shift| (shift, WordMap::default())),
             bounce: softmmu::BounceTarget::default(),
             asm: Asm::new(),
             info: InstructionInfoFactory::new(),

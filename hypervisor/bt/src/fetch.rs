@@ -6,6 +6,7 @@ use crate::engine::Engine;
 use crate::state::JC_ENTRIES;
 use crate::translate::{Decoded, Translator, decode};
 use paravane_cpu::mmu::{self, Access, AccessKind};
+use paravane_cpu::state::rflags;
 use paravane_cpu::{Env, Exception, Seg};
 use std::time::Instant;
 
@@ -89,7 +90,7 @@ impl Engine {
         self.exec_tlb.entries[n] = entry;
         self.exec_tlb.note(page);
         if t.page_shift > 12 {
-            self.note_large(la);
+            self.note_large(la, t.page_shift);
         }
         Ok((t.gpa, t.global))
     }
@@ -100,6 +101,8 @@ impl Engine {
         // Bounded: a guest whose fetches fault for ever is a triple fault before long, but be sure.
         for _ in 0..64 {
             let st = self.cpu();
+            // RF holds off instruction breakpoints for one instruction, and nothing else here looks at it.
+            st.rflags &= !rflags::RF;
             let mut mode = Mode::of(st);
             if st.irq_shadow != 0 {
                 // The instruction in the shadow runs alone; events are looked at behind it.

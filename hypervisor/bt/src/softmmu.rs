@@ -32,6 +32,8 @@ struct Piece {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct BounceTarget {
     pieces: [Piece; 2],
+    /// Offset in the buffer: the operand's own alignment, so that alignment faults are as they would be in place.
+    at: usize,
     /// Bytes to write, for masked vector stores; else all.
     active: Option<u64>,
 }
@@ -65,11 +67,11 @@ impl Engine {
             }
         }
         let writable = s.write || (t.writable && t.dirty);
-        self.fill(la, page, hva as u64, t.global, writable, t.page_shift > 12);
+        self.fill(la, page, hva as u64, t.global, writable, t.page_shift);
         Ok(Resolved::Filled)
     }
 
-    fn fill(&mut self, la: u64, page: u64, hva: u64, global: bool, writable: bool, large: bool) {
+    fn fill(&mut self, la: u64, page: u64, hva: u64, global: bool, writable: bool, shift: u8) {
         let view = crate::block::Mode(self.shared().mode).view();
         let n = (la >> 12) as usize & (TLB_ENTRIES - 1);
         let entry = &mut self.shared().tlb[view][n];
@@ -85,8 +87,8 @@ impl Engine {
             hva,
             gpa: page | if global { TLB_GLOBAL } else { 0 },
         };
-        if large {
-            self.note_large(la);
+        if shift > 12 {
+            self.note_large(la, shift);
         }
     }
 
@@ -115,10 +117,10 @@ impl Engine {
             Err(exc) if s.masked => return self.masked_access(la, s, kind, exc),
             Err(exc) => return Err(exc),
         };
-        self.load_bounce(pieces, s)
+        self.load_bounce(pieces, s, la as usize & 63)
     }
 
-    fn load_bounce(&mut self, pieces: [Piece; 2], s: &Site) -> Result<Resolved, Exception> {
+    fn load_bounce(&mut self, pieces: [Piece; 2], s: &Site, start: usize) -> Result<Resolved, Exception> {
         if s.write {
             let mut own = false;
             for p in pieces.iter().filter(|p| p.len > 0) {
@@ -129,9 +131,9 @@ impl Engine {
             }
         }
         self.stats.bounced += 1;
-        self.bounce = BounceTarget { pieces, active: None };
+        self.bounce = BounceTarget { pieces, at: start, active: None };
         let buf = &mut self.shared().bounce.0;
-        let mut at = 0;
+        let mut at = start;
         for p in pieces.iter().filter(|p| p.len > 0) {
             let part = &mut buf[at..at + p.len];
             // A device must see reads only when there is one.
@@ -140,19 +142,19 @@ impl Engine {
             }
             at += p.len;
         }
-        Ok(Resolved::Bounced(buf.as_ptr() as u64))
+        Ok(Resolved::Bounced(buf[start..].as_ptr() as u64))
     }
 
     /// Writes the bounce buffer to where it belongs.
     pub(crate) fn commit_bounce(&mut self) {
-        let BounceTarget { pieces, active } = self.bounce;
+        let BounceTarget { pieces, at: start, active } = self.bounce;
         let buf = self.shared().bounce.0;
-        let mut at = 0;
+        let mut at = start;
         for p in pieces.iter().filter(|p| p.len > 0) {
             match active {
                 None => self.write_phys(p.gpa, &buf[at..at + p.len]),
                 Some(active) => {
-                    for k in (0..p.len).filter(|k| active >> (at + k) & 1 != 0) {
+                    for k in (0..p.len).filter(|k| active >> (at - start + k) & 1 != 0) {
                         self.write_phys(p.gpa + k as u64, &buf[at + k..at + k + 1]);
                     }
                 }
@@ -187,7 +189,8 @@ impl Engine {
                 return Ok(Resolved::OwnCode);
             }
         }
-        let buf = &mut self.shared().bounce.0;
+        let start = la as usize & 63;
+        let buf = &mut self.shared().bounce.0[start..];
         buf[..size].fill(0);
         if pieces[0].len > 0 {
             self.read_phys(pieces[0].gpa, &mut buf[..first]);
@@ -199,7 +202,7 @@ impl Engine {
         // A piece that is not there still takes its place in the buffer.
         let place = |n: usize, len: usize| if pieces[n].len > 0 { pieces[n] } else { Piece { gpa: 0, len } };
         let pieces = [place(0, first), place(1, size - first)];
-        self.bounce = BounceTarget { pieces, active: Some(active) };
+        self.bounce = BounceTarget { pieces, at: start, active: Some(active) };
         Ok(Resolved::Bounced(buf.as_ptr() as u64))
     }
 
@@ -211,7 +214,7 @@ impl Engine {
         let base = if st.code64() { 0 } else { st.segment(Seg::Cs).base };
         let n = paravane_cpu::mem::fetch(st, self, base.wrapping_add(s.rip), &mut bytes).ok()?;
         let i = iced_x86::Decoder::with_ip(st.code_bits(), &bytes[..n], s.rip, iced_x86::DecoderOptions::NONE).decode();
-        masked_bytes(st, &i)
+        paravane_cpu::masked::active_bytes(st, &i).map(|m| m.bytes)
     }
 
     /// Linear address of an offset in a site's segment, checked against its limit and type.
@@ -340,7 +343,9 @@ impl Engine {
                 self.clear_tlb_entry(view, n);
             }
         }
-        self.large = [0; 16];
+        for (_, set) in &mut self.large {
+            set.clear();
+        }
         self.exec_tlb.clear();
         self.flush_code_mappings();
     }
@@ -367,9 +372,8 @@ impl Engine {
     pub(crate) fn flush_page(&mut self, la: u64) {
         self.stats.tlb_page_flushes += 1;
         let page = la & !0xfff;
-        if self.is_large(la) {
-            // Entries of 4 KiB stand for parts of a larger page: all within its reach go.
-            return self.flush_all_translations();
+        if let Some(shift) = self.large_shift(la) {
+            return self.flush_large(la, shift);
         }
         let n = (la >> 12) as usize & (TLB_ENTRIES - 1);
         for view in 0..VIEWS {
@@ -384,24 +388,31 @@ impl Engine {
         }
     }
 
-    fn large_bit(la: u64) -> (usize, u64) {
-        let h = (la >> 21) ^ (la >> 33);
-        ((h >> 6) as usize & 15, 1 << (h & 63))
+    /// Drops every entry that stands for a part of the large page around `la`.
+    fn flush_large(&mut self, la: u64, shift: u32) {
+        for view in 0..VIEWS {
+            let used = &self.tlb_used[view];
+            let all: Vec<u16> = used.local.iter().chain(&used.global).copied().collect();
+            for n in all.into_iter().map(usize::from) {
+                let e = &self.shared().tlb[view][n];
+                if e.gpa != NO_PAGE && e.ntag_r.wrapping_neg() >> shift == la >> shift {
+                    self.clear_tlb_entry(view, n);
+                }
+            }
+        }
+        self.exec_tlb.clear();
+        self.flush_code_mappings();
     }
 
-    /// Remembers that the soft TLB holds parts of a large page around `la`.
-    pub(crate) fn note_large(&mut self, la: u64) {
-        let (w, b) = Self::large_bit(la);
-        self.large[w] |= b;
+    /// Remembers that the soft TLB holds parts of a page of `1 << shift` bytes around `la`.
+    pub(crate) fn note_large(&mut self, la: u64, shift: u8) {
+        if let Some(set) = self.large.iter_mut().find(|s| s.0 == u32::from(shift)) {
+            set.1.insert(la >> shift, ());
+        }
     }
 
-    fn is_large(&self, la: u64) -> bool {
-        let (w, b) = Self::large_bit(la);
-        self.large[w] & b != 0
+    /// The size of the largest page around `la` that entries stand for parts of.
+    fn large_shift(&self, la: u64) -> Option<u32> {
+        self.large.iter().filter(|(shift, set)| set.contains_key(&(la >> shift))).map(|(shift, _)| *shift).max()
     }
-}
-
-/// The bytes that a masked instruction touches, as a bit set, when it is one.
-fn masked_bytes(_st: &paravane_cpu::CpuState, _i: &iced_x86::Instruction) -> Option<u64> {
-    None
 }

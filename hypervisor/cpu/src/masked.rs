@@ -248,4 +248,6 @@ fn is_repeating(m: Mnemonic) -> bool {
 }
 
 #[cfg(test)]
+mod host;
+#[cfg(test)]
 mod tests;

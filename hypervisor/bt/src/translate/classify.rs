@@ -147,8 +147,8 @@ fn compute(code: Code) -> Class {
         return Class::EmulateEnd;
     }
     match info.mnemonic() {
-        M::Nop | M::Fnop if info.mnemonic() == M::Nop => return Class::Nop,
-        M::Reservednop
+        M::Nop
+        | M::Reservednop
         | M::Endbr64
         | M::Endbr32
         | M::Prefetchnta
