@@ -128,7 +128,6 @@ fn no_suppression(m: Mnemonic) -> bool {
             | M::Vpmaddwd
             | M::Vpmultishiftqb
             | M::Vpshufb
-            | M::Vpshufbitqmb
             | M::Vpshufd
             | M::Vpshufhw
             | M::Vpshuflw
