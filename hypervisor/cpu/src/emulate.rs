@@ -268,4 +268,6 @@ fn popf<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, size: usize) -> Outcome
 }
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;

@@ -55,7 +55,7 @@ pub fn write<E: Env + ?Sized>(
     write_as(st, env, la, data, access)
 }
 
-/// [`read`] with the access spelled out (stack accesses of a far transfer are made at the new privilege level).
+/// [`read()`] with the access spelled out (stack accesses of a far transfer are made at the new privilege level).
 pub(crate) fn read_as<E: Env + ?Sized>(
     st: &CpuState,
     env: &mut E,
@@ -73,7 +73,7 @@ pub(crate) fn read_as<E: Env + ?Sized>(
     Ok(())
 }
 
-/// [`write`] with the access spelled out.
+/// [`write()`] with the access spelled out.
 pub(crate) fn write_as<E: Env + ?Sized>(
     st: &CpuState,
     env: &mut E,
