@@ -309,6 +309,14 @@ impl Engine {
             && to.second_page.is_none();
         let both_global = from.key.mode.has(Mode::GLOBAL) && to.key.mode.has(Mode::GLOBAL);
         if !same_page && !both_global {
+            // The link would not outlive a change of mappings, but the jump cache does not need the detour through Rust.
+            let (patch, view) = (x.patch, x.target_mode.view());
+            if x.target_mode.has(Mode::FLAT) {
+                crate::translate::jump_cache_stub(&mut self.asm, rip, view);
+                if let Some(stub) = self.code.place(&self.asm.buf) {
+                    self.code.patch(patch, stub);
+                }
+            }
             return;
         }
         if !same_page {

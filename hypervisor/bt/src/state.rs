@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 /// Entries in one view of the soft TLB.
 pub(crate) const TLB_ENTRIES: usize = 1024;
 /// Entries in one view of the jump cache.
-pub(crate) const JC_ENTRIES: usize = 4096;
+pub(crate) const JC_ENTRIES: usize = 16384;
 /// Soft-TLB views: what user code may reach, what supervisor code may reach while SMAP holds it back, and what
 /// supervisor code may reach otherwise (SDM vol. 3, section 4.6).
 pub(crate) const VIEWS: usize = 3;

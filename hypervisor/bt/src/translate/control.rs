@@ -6,7 +6,7 @@
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use super::{RawExit, Translator};
-use crate::asm::{H, M};
+use crate::asm::{Asm, H, M};
 use crate::block::{Action, FaultKind, Mode};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::{JC_ENTRIES, Thunk, off};
@@ -52,15 +52,7 @@ impl Translator<'_> {
             self.asm.jmp_mem(M::gs(Thunk::Lookup.offset()));
             return;
         }
-        let view = self.mode.view();
-        let slot = (target as usize & (JC_ENTRIES - 1)) as i32 * 8;
-        let (hit, a) = (self.asm.label(), &mut self.asm);
-        a.load(H::R15, M::gs(off::jc_tags(view) + slot));
-        a.lea(H::RCX, M::base_index(H::R15, H::RCX));
-        a.jrcxz(hit);
-        a.jmp_mem(M::gs(Thunk::Lookup.offset()));
-        a.bind(hit);
-        a.jmp_mem(M::gs(off::jc_hosts(view) + slot));
+        lookup_constant(self.asm, target, self.mode.view());
     }
 
     fn add_exit(&mut self, target_rip: u64, target_mode: Mode, patch: u32, stub: crate::asm::Label) {
@@ -415,4 +407,25 @@ impl Translator<'_> {
             }
         }
     }
+}
+
+/// Goes through the jump cache to a RIP that is known when the code is made and is already in RCX and in the state.
+fn lookup_constant(a: &mut Asm, target: u64, view: usize) {
+    let slot = (target as usize & (JC_ENTRIES - 1)) as i32 * 8;
+    let hit = a.label();
+    a.load(H::R15, M::gs(off::jc_tags(view) + slot));
+    a.lea(H::RCX, M::base_index(H::R15, H::RCX));
+    a.jrcxz(hit);
+    a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+    a.bind(hit);
+    a.jmp_mem(M::gs(off::jc_hosts(view) + slot));
+}
+
+/// A stub on its own that goes to `target` by way of the jump cache.
+pub(crate) fn jump_cache_stub(a: &mut Asm, target: u64, view: usize) {
+    a.clear();
+    a.mov_imm(H::RCX, target);
+    a.store(M::gs(off::RIP), H::RCX);
+    lookup_constant(a, target, view);
+    a.resolve();
 }

@@ -15,6 +15,7 @@ use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, T
 use crate::regs::{Home, Width, home};
 use crate::state::{Thunk, off};
 use classify::{Class, Unit, classify};
+pub(crate) use control::jump_cache_stub;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic};
 use memory::Slow;
 
