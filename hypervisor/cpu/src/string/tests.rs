@@ -53,7 +53,7 @@ const LEN: usize = 5 * 4096;
 fn every_form_agrees_with_the_host() {
     let mut random = Random(0x1234_5678_9abc_def1);
     for &(bytes, text, native) in table() {
-        for round in 0..300 {
+        for round in 0..150 {
             let (mut st, mut env) = FlatEnv::long_mode();
             env.fast = round % 2 == 0;
             let backward = round % 4 >= 2;
