@@ -132,6 +132,7 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
         }
     }
     e.stats.emulated += 1;
+    e.emulated[i.mnemonic() as usize] += 1;
     st.rip = i.ip();
     match emulate::step(st, e, &i) {
         Ok(Step::Next) if !ends && (e.tables.blocks[block].live || mode.alone()) => {

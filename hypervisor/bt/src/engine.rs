@@ -9,7 +9,7 @@ use crate::state::{BtState, JC_ENTRIES, Thunk, VIEWS};
 use crate::stats::Stats;
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
 use crate::{fault, softmmu, thunks};
-use iced_x86::{Instruction, InstructionInfoFactory};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic};
 use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
 use paravane_cpu::{Bus, CpuState, StopReason};
 use std::collections::HashMap;
@@ -114,6 +114,8 @@ pub(crate) struct Engine {
     pub(crate) bus: Arc<dyn Bus>,
     pub(crate) cpuid: CpuidPolicy,
     pub(crate) stats: Stats,
+    /// Emulated instructions by mnemonic.
+    pub(crate) emulated: Vec<u64>,
 
     pub(crate) code: CodeMemory,
     pub(crate) tables: Tables,
@@ -183,6 +185,7 @@ impl Engine {
             bus,
             cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz }),
             stats: Stats::default(),
+            emulated: vec![0; Mnemonic::values().len()],
             code: CodeMemory::new(cfg.cache_bytes.clamp(1 << 20, 1 << 30))?,
             tables: Tables::default(),
             map: WordMap::default(),
@@ -222,6 +225,16 @@ impl Engine {
     pub(crate) fn shared<'a>(&self) -> &'a mut BtState {
         // SAFETY: as in `cpu`; callers touch fields other than `cpu`.
         unsafe { &mut *self.state }
+    }
+
+    /// All counters with their names; emulated instructions by mnemonic, most frequent first.
+    pub(crate) fn counters(&self) -> Vec<(String, u64)> {
+        let mut out: Vec<_> = self.stats.list().into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
+        let mut by_name: Vec<_> =
+            Mnemonic::values().zip(&self.emulated).filter(|(_, n)| **n != 0).map(|(m, n)| (m, *n)).collect();
+        by_name.sort_by_key(|&(_, n)| std::cmp::Reverse(n));
+        out.extend(by_name.into_iter().map(|(m, n)| (format!("emulated {m:?}").to_lowercase(), n)));
+        out
     }
 
     /// Somebody changed the architectural state from outside.

@@ -220,8 +220,8 @@ impl BtVcpu {
     }
 
     /// Named counters since the vCPU was made.
-    pub fn stats(&self) -> Vec<(&'static str, u64)> {
-        self.engine.stats.list()
+    pub fn stats(&self) -> Vec<(String, u64)> {
+        self.engine.counters()
     }
 
     /// Tells the engine that guest RAM was written behind its back (device DMA, a loader).
