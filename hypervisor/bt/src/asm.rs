@@ -412,6 +412,58 @@ impl Asm {
         self.rm(false, &[0xff], 4, m);
     }
 
+    /// Clobbers flags.
+    pub(crate) fn or32_flags(&mut self, d: H, v: i32) {
+        self.rr(false, &[0x81], 1, d);
+        self.imm32(v);
+    }
+
+    /// Clobbers flags.
+    pub(crate) fn cmp32_mem_imm_flags(&mut self, m: M, v: i32) {
+        self.rm(false, &[0x81], 7, m);
+        self.imm32(v);
+    }
+
+    /// Clobbers flags: `cmp r, m` (64-bit).
+    pub(crate) fn cmp_mem_flags(&mut self, r: H, m: M) {
+        self.rm(true, &[0x3b], r.0, m);
+    }
+
+    /// Clobbers flags: `cmp r32, m`.
+    pub(crate) fn cmp32_mem_flags(&mut self, r: H, m: M) {
+        self.rm(false, &[0x3b], r.0, m);
+    }
+
+    /// Clobbers flags: `and r, m` (64-bit).
+    pub(crate) fn and_mem_flags(&mut self, r: H, m: M) {
+        self.rm(true, &[0x23], r.0, m);
+    }
+
+    /// `not r` (64-bit); no flags.
+    pub(crate) fn not(&mut self, r: H) {
+        self.rr(true, &[0xf7], 2, r);
+    }
+
+    /// Clobbers flags.
+    pub(crate) fn shr_flags(&mut self, d: H, n: u8) {
+        self.rr(true, &[0xc1], 5, d);
+        self.b(&[n]);
+    }
+
+    /// `rep movs` or `rep stos` of bytes, doublewords or quadwords with the host's RCX, RSI, RDI.
+    pub(crate) fn rep_string(&mut self, movs: bool, size: u8) {
+        self.b(&[0xf3]);
+        if size == 8 {
+            self.b(&[0x48]);
+        }
+        self.b(&[match (movs, size) {
+            (true, 1) => 0xa4,
+            (true, _) => 0xa5,
+            (false, 1) => 0xaa,
+            (false, _) => 0xab,
+        }]);
+    }
+
     pub(crate) fn pushfq(&mut self) {
         self.b(&[0x9c]);
     }

@@ -34,8 +34,8 @@ impl Mode {
     pub(crate) const PLAIN_IF: u32 = 1 << 12;
     /// CR4.FSGSBASE.
     pub(crate) const FSGSBASE: u32 = 1 << 13;
-    /// RDTSC may run natively: CR4.TSD permits it and the guest's TSC is the host's.
-    pub(crate) const NATIVE_TSC: u32 = 1 << 14;
+    /// The guest's TSC is the host's.
+    const SAME_TSC: u32 = 1 << 14;
     /// CR4.SMAP.
     pub(crate) const SMAP: u32 = 1 << 15;
     /// FS and GS have a 4 GiB limit (outside 64-bit mode).
@@ -46,6 +46,12 @@ impl Mode {
     pub(crate) const LONG: u32 = 1 << 18;
     /// Virtual-8086 mode.
     pub(crate) const V86: u32 = 1 << 19;
+    /// RFLAGS.DF.
+    pub(crate) const DF: u32 = 1 << 22;
+    /// EFER.SCE: SYSCALL and SYSRET are there.
+    pub(crate) const SCE: u32 = 1 << 23;
+    /// CR4.TSD.
+    const TSD: u32 = 1 << 24;
     /// The code page is mapped global. Found by the lookup, not part of the vCPU's state; it decides which links outlive a
     /// CR3 load.
     pub(crate) const GLOBAL: u32 = 1 << 21;
@@ -104,10 +110,41 @@ impl Mode {
         let special = rflags::IOPL | rflags::NT | rflags::TF | rflags::VM;
         m |= flag(st.rflags & special == 0 && st.cpl == 0, Self::PLAIN_IF);
         m |= flag(st.cr4 & cr4::FSGSBASE != 0, Self::FSGSBASE);
-        m |= flag(st.tsc_offset == 0 && (st.cpl == 0 || st.cr4 & cr4::TSD == 0), Self::NATIVE_TSC);
+        m |= flag(st.tsc_offset == 0, Self::SAME_TSC) | flag(st.cr4 & cr4::TSD != 0, Self::TSD);
+        m |= flag(st.rflags & rflags::DF != 0, Self::DF) | flag(st.efer & efer::SCE != 0, Self::SCE);
         m |= flag(st.efer & efer::LMA != 0, Self::LONG);
         m |= flag(st.v8086(), Self::V86);
         Self(m)
+    }
+
+    /// Whether RDTSC may run natively: CR4.TSD permits it and the guest's TSC is the host's.
+    pub(crate) fn native_tsc(self) -> bool {
+        self.has(Self::SAME_TSC) && (!self.has(Self::RING) || !self.has(Self::TSD))
+    }
+
+    /// What does not depend on the privilege level or the flags.
+    const COMMON: u32 = Self::FPU_OFF
+        | Self::SSE
+        | Self::AVX
+        | Self::AVX512
+        | Self::FSGSBASE
+        | Self::SAME_TSC
+        | Self::SMAP
+        | Self::LONG
+        | Self::SCE
+        | Self::TSD;
+
+    /// The mode of 64-bit ring 0 code under the same control registers, with AC, DF, IOPL, NT and TF clear.
+    pub(crate) fn kernel64(self) -> Self {
+        let view = if self.has(Self::SMAP) { Self::VIEW_SMAP } else { Self::VIEW_SUPER };
+        let m = self.0 & Self::COMMON | 2 | Self::FLAT | Self::WIDE_STACK | Self::FLAT_FSGS | Self::PLAIN_IF;
+        Self(m | view << Self::VIEW_SHIFT)
+    }
+
+    /// The mode of 64-bit ring 3 code under the same control registers, with DF, IOPL, NT and TF clear.
+    pub(crate) fn user64(self) -> Self {
+        let m = self.0 & Self::COMMON | 2 | Self::FLAT | Self::WIDE_STACK | Self::FLAT_FSGS | Self::USER | Self::RING;
+        Self(m | Self::VIEW_USER << Self::VIEW_SHIFT)
     }
 
     pub(crate) fn has(self, bit: u32) -> bool {

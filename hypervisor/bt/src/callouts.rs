@@ -142,6 +142,11 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
             Back::resume(0, simd)
         }
         Ok(Step::Next | Step::Resync) => {
+            match i.mnemonic() {
+                Mnemonic::Iretq => e.remember_iret(),
+                Mnemonic::Lgdt => e.forget_iret(),
+                _ => {}
+            }
             let no_trap = matches!(
                 i.mnemonic(),
                 Mnemonic::Syscall

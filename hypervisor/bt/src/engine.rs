@@ -2,10 +2,10 @@
 #![allow(unsafe_code)] // Reaches the state shared with translated code.
 
 use crate::asm::Asm;
-use crate::block::{BlockId, FaultKind, Key, Mode, Tables};
+use crate::block::{BlockId, FaultKind, Key, Tables};
 use crate::cache::CodeMemory;
 use crate::fetch::{CodePage, ExecTlb};
-use crate::state::{BtState, JC_ENTRIES, Thunk, VIEWS};
+use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Thunk, VIEWS};
 use crate::stats::Stats;
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
 use crate::{fault, softmmu, thunks};
@@ -125,8 +125,6 @@ pub(crate) struct Engine {
     pub(crate) exec_tlb: ExecTlb,
     /// Exits linked across a page boundary, which a change of mappings must undo.
     pub(crate) cross_links: Vec<u32>,
-    /// The mode whose blocks each view's jump cache holds.
-    pub(crate) jc_mode: [Option<Mode>; VIEWS],
     pub(crate) jc_used: [Used; VIEWS],
     pub(crate) tlb_used: [Used; VIEWS],
     /// Whether a jump-cache entry in use was noted as local.
@@ -167,6 +165,9 @@ impl Engine {
         let xmask = paravane_cpu::host_fpu::offered_xcr0();
         (st.xmask_lo, st.xmask_hi) = (xmask as u32, (xmask >> 32) as u32);
         st.host_mxcsr = 0x1f80;
+        st.jc_mode = [NO_MODE; VIEWS];
+        st.fast.iret_cs = NO_SELECTOR;
+        st.fast.iret_known = NO_SELECTOR;
         let set =
             |st: &mut BtState, t: Thunk, f: unsafe extern "sysv64" fn()| st.thunks[t as usize] = f as *const () as u64;
         set(st, Thunk::Exit, thunks::exit);
@@ -192,7 +193,6 @@ impl Engine {
             pages: WordMap::default(),
             exec_tlb: ExecTlb::new(),
             cross_links: Vec::new(),
-            jc_mode: [None; VIEWS],
             jc_used: Default::default(),
             tlb_used: Default::default(),
             jc_local: std::array::from_fn(|_| vec![false; JC_ENTRIES]),
@@ -239,6 +239,7 @@ impl Engine {
 
     /// Somebody changed the architectural state from outside.
     pub(crate) fn state_replaced(&mut self) {
+        self.forget_iret();
         self.flush_all_translations();
     }
 

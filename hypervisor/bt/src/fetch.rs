@@ -3,11 +3,11 @@
 
 use crate::block::{Block, BlockId, Key, Mode};
 use crate::engine::Engine;
-use crate::state::JC_ENTRIES;
+use crate::state::{JC_ENTRIES, NO_SELECTOR};
 use crate::translate::{Decoded, Translator, decode};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::rflags;
-use paravane_cpu::{Env, Exception, Seg};
+use paravane_cpu::{Env, Exception, Seg, Segment};
 use std::time::Instant;
 
 /// Longest instruction (SDM vol. 2, section 2.3.11).
@@ -150,15 +150,16 @@ impl Engine {
         let (key, crosses) = (b.key, b.second_page.is_some());
         let target = self.code.address(b.entry);
         self.shared().mode = key.mode.0;
+        self.refresh_fast_segments();
         if key.mode.alone() || !key.mode.has(Mode::FLAT) {
             return target;
         }
         let view = key.mode.view();
         // Global or not is a property of the page, not of the code that looks things up.
         let shared = Mode(key.mode.0 & !Mode::GLOBAL);
-        if self.jc_mode[view] != Some(shared) {
+        if self.shared().jc_mode[view] != shared.0 {
             self.flush_jump_cache(view);
-            self.jc_mode[view] = Some(shared);
+            self.shared().jc_mode[view] = shared.0;
         }
         let n = key.rip as usize & (JC_ENTRIES - 1);
         let jc = &mut self.shared().jc[view];
@@ -171,6 +172,53 @@ impl Engine {
         jc.neg_rip[n] = key.rip.wrapping_neg();
         jc.host[n] = target;
         target
+    }
+
+    /// Brings what SYSCALL, SYSRET and IRETQ need inside translated code up to date with the state.
+    fn refresh_fast_segments(&mut self) {
+        let st = self.cpu();
+        let fast = &mut self.shared().fast;
+        if fast.star != st.star {
+            fast.star = st.star;
+            let (call, ret) = ((st.star >> 32) as u16 & !3, (st.star >> 48) as u16);
+            fast.syscall_cs = segment_word(&Segment::flat_code(call, 0, true));
+            fast.syscall_ss = segment_word(&Segment::flat_data(call.wrapping_add(8), 0));
+            fast.sysret_cs = segment_word(&Segment::flat_code(ret.wrapping_add(16) | 3, 3, true));
+            fast.sysret_ss = segment_word(&Segment::flat_data(ret.wrapping_add(8) | 3, 3));
+        }
+        // Returning to ring 3 nulls data segments that ring 3 may not use; that is left to the long way.
+        let kept = |s: Seg| !st.segment(s).usable() || st.segment(s).dpl() == 3;
+        let plain = [Seg::Es, Seg::Ds, Seg::Fs, Seg::Gs].into_iter().all(kept);
+        fast.iret_cs = if plain { fast.iret_known } else { NO_SELECTOR };
+    }
+
+    /// An IRETQ from ring 0 was carried out the long way: remember what it loaded, if the short way can repeat it.
+    pub(crate) fn remember_iret(&mut self) {
+        let st = self.cpu();
+        let (cs, ss) = (*st.segment(Seg::Cs), *st.segment(Seg::Ss));
+        let fast = &mut self.shared().fast;
+        let in_gdt = |s: &Segment| s.selector & 4 == 0 && s.selector & !7 != 0;
+        if st.cpl != 3 || !st.code64() || !in_gdt(&cs) || !in_gdt(&ss) || cs.base != 0 || ss.base != 0 {
+            return;
+        }
+        let (cs_at, ss_at) = (st.gdtr.base + u64::from(cs.selector & !7), st.gdtr.base + u64::from(ss.selector & !7));
+        let mut word = [0u8; 8];
+        let mut read = |e: &mut Self, at: u64| {
+            paravane_cpu::mem::read(st, e, at, &mut word, paravane_cpu::mem::Privilege::Supervisor).ok()?;
+            Some(u64::from_le_bytes(word))
+        };
+        let (Some(c), Some(s)) = (read(self, cs_at), read(self, ss_at)) else { return };
+        fast.iret_known = u32::from(cs.selector);
+        fast.iret_ss = u32::from(ss.selector);
+        (fast.iret_cs_at, fast.iret_cs_descriptor) = (cs_at, c);
+        (fast.iret_ss_at, fast.iret_ss_descriptor) = (ss_at, s);
+        fast.iret_cs_word = segment_word(&cs);
+        fast.iret_ss_word = segment_word(&ss);
+    }
+
+    /// The GDT moved.
+    pub(crate) fn forget_iret(&mut self) {
+        self.shared().fast.iret_known = NO_SELECTOR;
     }
 
     /// Finds or makes the block at RIP. `None`: the cache is full.
@@ -392,4 +440,9 @@ impl Engine {
 fn next_page(la: u64, mode: Mode) -> u64 {
     let next = (la & !0xfff).wrapping_add(4096);
     if mode.is64() { next } else { next & 0xffff_ffff }
+}
+
+/// Limit, attributes and selector in one word, as they lie in memory.
+fn segment_word(s: &Segment) -> u64 {
+    u64::from(s.limit) | u64::from(s.attr) << 32 | u64::from(s.selector) << 48
 }

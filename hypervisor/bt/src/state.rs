@@ -77,6 +77,10 @@ pub(crate) struct BtState {
     pub(crate) host_mxcsr: u32,
     /// Current translation mode, see [`crate::block::Mode`].
     pub(crate) mode: u32,
+    /// The mode whose blocks each view's jump cache holds; [`NO_MODE`] when it is empty.
+    pub(crate) jc_mode: [u32; VIEWS],
+    /// What SYSCALL, SYSRET and IRETQ put into segment registers.
+    pub(crate) fast: FastSegments,
     /// Non-zero when an interrupt is pending that IF masks: whatever sets IF must leave translated code.
     pub(crate) irq_window: u32,
     /// Non-zero while the guest's x87/SIMD state is in the host's registers and not in `cpu.xsave`.
@@ -97,6 +101,38 @@ pub(crate) struct BtState {
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; VIEWS],
     pub(crate) jc: [JumpCache; VIEWS],
     pub(crate) poll_page: PollPage,
+}
+
+/// No mode word has this value.
+pub(crate) const NO_MODE: u32 = u32::MAX;
+/// No selector has this value.
+pub(crate) const NO_SELECTOR: u32 = 1 << 16;
+
+/// Segment registers as the privilege transitions inside translated code load them. The second words hold limit,
+/// attributes and selector as [`paravane_cpu::Segment`] lays them out; bases of flat segments are zero.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct FastSegments {
+    /// IA32_STAR that the next four were made from.
+    pub(crate) star: u64,
+    pub(crate) syscall_cs: u64,
+    pub(crate) syscall_ss: u64,
+    pub(crate) sysret_cs: u64,
+    pub(crate) sysret_ss: u64,
+    /// Selectors of an IRETQ to 64-bit ring 3 that the long way carried out before, or [`NO_SELECTOR`] when the short way
+    /// must not be taken now.
+    pub(crate) iret_cs: u32,
+    pub(crate) iret_ss: u32,
+    /// Where their descriptors are, and what they were. The short way compares, for the guest may change them.
+    pub(crate) iret_cs_at: u64,
+    pub(crate) iret_cs_descriptor: u64,
+    pub(crate) iret_ss_at: u64,
+    pub(crate) iret_ss_descriptor: u64,
+    /// What they load.
+    pub(crate) iret_cs_word: u64,
+    pub(crate) iret_ss_word: u64,
+    /// `iret_cs` when data segments permit the short way.
+    pub(crate) iret_known: u32,
 }
 
 /// Bounce buffer for one operand.
@@ -163,6 +199,23 @@ pub(crate) mod off {
     pub(crate) const CR2: i32 = offset_of!(BtState, cpu.cr2) as i32;
     pub(crate) const CR3: i32 = offset_of!(BtState, cpu.cr3) as i32;
     pub(crate) const CR4: i32 = offset_of!(BtState, cpu.cr4) as i32;
+
+    pub(crate) const STAR_FAST: i32 = offset_of!(BtState, fast) as i32;
+    pub(crate) const JC_MODE: i32 = offset_of!(BtState, jc_mode) as i32;
+    pub(crate) const SFMASK: i32 = offset_of!(BtState, cpu.sfmask) as i32;
+    pub(crate) const LSTAR: i32 = offset_of!(BtState, cpu.lstar) as i32;
+    pub(crate) const CPL: i32 = offset_of!(BtState, cpu.cpl) as i32;
+    pub(crate) const NMI_BLOCKED: i32 = offset_of!(BtState, cpu.nmi_blocked) as i32;
+
+    /// A segment's limit, attributes and selector, as one word.
+    pub(crate) fn seg_word(seg: usize) -> i32 {
+        seg_base(seg) + offset_of!(Segment, limit) as i32
+    }
+
+    /// A segment's selector.
+    pub(crate) fn seg_selector(seg: usize) -> i32 {
+        seg_base(seg) + offset_of!(Segment, selector) as i32
+    }
 
     /// A guest general-purpose register's home.
     pub(crate) fn gpr(n: usize) -> i32 {

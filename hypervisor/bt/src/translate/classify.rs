@@ -50,6 +50,15 @@ pub(crate) enum Class {
     ReadCr,
     ReadBase,
     Pushf,
+    Cld,
+    Std,
+    /// MOVS, STOS, LODS of sizes that are worth it.
+    String,
+    Syscall,
+    Sysretq,
+    Iretq,
+    /// MOV from a segment register.
+    ReadSegment,
     /// Carried out by Rust code; goes on behind it.
     Emulate,
     /// Carried out by Rust code; ends the block.
@@ -161,6 +170,20 @@ fn compute(code: Code) -> Class {
         | M::Rdsspd
         | M::Rdsspq => return Class::Nop,
         M::Lea => return Class::Lea,
+        M::Cld => return Class::Cld,
+        M::Std => return Class::Std,
+        M::Movsb | M::Movsq | M::Stosb | M::Stosd | M::Stosq | M::Lodsb | M::Lodsd | M::Lodsq => return Class::String,
+        M::Movsd if code == Code::Movsd_m32_m32 => return Class::String,
+        M::Syscall => return Class::Syscall,
+        M::Sysretq => return Class::Sysretq,
+        M::Iretq => return Class::Iretq,
+        M::Cld => return Class::Cld,
+        M::Std => return Class::Std,
+        M::Movsb | M::Movsq | M::Stosb | M::Stosd | M::Stosq | M::Lodsb | M::Lodsd | M::Lodsq => return Class::String,
+        M::Movsd if code == Code::Movsd_m32_m32 => return Class::String,
+        M::Syscall => return Class::Syscall,
+        M::Sysretq => return Class::Sysretq,
+        M::Iretq => return Class::Iretq,
         M::Bt | M::Bts | M::Btr | M::Btc => return Class::BitTest,
         M::Push => {
             return match info.op_kind(0) {
@@ -189,7 +212,8 @@ fn compute(code: Code) -> Class {
             K::seg_reg => return Class::EmulateEnd,
             _ => match info.op_kind(1) {
                 K::cr_reg => return Class::ReadCr,
-                K::dr_reg | K::tr_reg | K::seg_reg => return Class::Emulate,
+                K::seg_reg => return Class::ReadSegment,
+                K::dr_reg | K::tr_reg => return Class::Emulate,
                 _ => {}
             },
         },
@@ -238,17 +262,9 @@ fn compute(code: Code) -> Class {
         | M::Verr
         | M::Verw
         | M::Arpl
-        | M::Movsb
         | M::Movsw
-        | M::Movsq
-        | M::Stosb
         | M::Stosw
-        | M::Stosd
-        | M::Stosq
-        | M::Lodsb
         | M::Lodsw
-        | M::Lodsd
-        | M::Lodsq
         | M::Scasb
         | M::Scasw
         | M::Scasd

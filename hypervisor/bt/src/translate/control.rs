@@ -77,7 +77,11 @@ impl Translator<'_> {
             return;
         }
         self.poll(FaultKind::PollIndirect);
-        let view = self.mode.view();
+        self.jump_through_cache(self.mode.view());
+    }
+
+    /// Goes to the RIP in RCX, which is in the state too, through a view's jump cache.
+    pub(crate) fn jump_through_cache(&mut self, view: usize) {
         let a = &mut self.asm;
         let hit = a.label();
         a.store(M::gs(off::TMP), H::RDX);

@@ -261,7 +261,7 @@ impl Translator<'_> {
     }
 
     /// RCX = linear address in; operand at `[r15 + rcx]` out, or a jump to `slow`.
-    fn emit_lookup(&mut self, size: u16, write: bool, flags_live: bool, slow: Label) {
+    pub(super) fn emit_lookup(&mut self, size: u16, write: bool, flags_live: bool, slow: Label) {
         let view = self.mode.view();
         let tag = if write { offset_of!(TlbEntry, ntag_w) } else { offset_of!(TlbEntry, ntag_r) };
         let (tag, hva) = (off::tlb(view, tag), off::tlb(view, offset_of!(TlbEntry, hva)));

@@ -8,6 +8,8 @@ pub(crate) mod classify;
 mod control;
 mod copy;
 mod memory;
+mod privilege;
+mod string;
 mod system;
 
 use crate::asm::{Asm, H, M};
@@ -90,16 +92,7 @@ pub(crate) fn decode(bytes: &[u8], rip: u64, mode: Mode, out: &mut Vec<Instructi
             break;
         }
         match classify(i.code()) {
-            Class::JmpDirect
-            | Class::JmpIndirect
-            | Class::CallDirect
-            | Class::CallIndirect
-            | Class::Ret
-            | Class::Jcc
-            | Class::Loop
-            | Class::Stac
-            | Class::Clac
-            | Class::EmulateEnd => break,
+            _ if ends_block(&i, mode) => break,
             // One more instruction runs in the interrupt shadow of STI, then the block ends with a check.
             Class::Sti => extra = true,
             _ => {}
@@ -277,15 +270,22 @@ impl<'a> Translator<'a> {
             Class::Swapgs => self.swapgs(i),
             Class::ReadCr => self.read_cr(i),
             Class::ReadBase => self.read_base(i),
+            Class::Cld | Class::Std if ends_block(i, self.mode) => self.change_direction(i),
+            Class::Cld | Class::Std => {}
+            Class::String => self.string(i, flags_live),
+            Class::Syscall => self.syscall(i),
+            Class::Sysretq => self.sysretq(i),
+            Class::Iretq => self.iretq(i),
+            Class::ReadSegment => self.read_segment(i),
             Class::Emulate | Class::EmulateEnd => self.callout(i, Action::Emulate),
         }
-        ends_block(i)
+        ends_block(i, self.mode)
     }
 
     /// Emits a callout for an instruction. Rust code either comes back behind it or goes elsewhere.
     pub(crate) fn callout(&mut self, i: &Instruction, action: Action) {
         let n = self.tables.callouts.len() as u32;
-        let ends = ends_block(i);
+        let ends = ends_block(i, self.mode);
         self.tables.callouts.push(Callout { block: self.block, instr: *i, action, simd: self.simd, ends });
         self.asm.mov_imm(H::R15, u64::from(n));
         self.asm.call_gs(Thunk::Emulate.offset());
@@ -358,21 +358,25 @@ impl RawExit {
 }
 
 /// Whether translation stops behind an instruction.
-fn ends_block(i: &Instruction) -> bool {
-    i.is_invalid()
-        || matches!(
-            classify(i.code()),
-            Class::JmpDirect
-                | Class::JmpIndirect
-                | Class::CallDirect
-                | Class::CallIndirect
-                | Class::Ret
-                | Class::Jcc
-                | Class::Loop
-                | Class::Stac
-                | Class::Clac
-                | Class::EmulateEnd
-        )
+fn ends_block(i: &Instruction, mode: Mode) -> bool {
+    match classify(i.code()) {
+        Class::JmpDirect
+        | Class::JmpIndirect
+        | Class::CallDirect
+        | Class::CallIndirect
+        | Class::Ret
+        | Class::Jcc
+        | Class::Loop
+        | Class::Stac
+        | Class::Clac
+        | Class::Syscall
+        | Class::Sysretq
+        | Class::Iretq
+        | Class::EmulateEnd => true,
+        Class::Cld => mode.has(Mode::DF),
+        Class::Std => !mode.has(Mode::DF),
+        _ => i.is_invalid(),
+    }
 }
 
 /// For each instruction, whether any status flag that is live before it may still be read later. All flags are live at

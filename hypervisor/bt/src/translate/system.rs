@@ -53,7 +53,7 @@ impl Translator<'_> {
     }
 
     pub(crate) fn rdtsc(&mut self, i: &Instruction) {
-        if self.mode.has(Mode::NATIVE_TSC) {
+        if self.mode.native_tsc() {
             if let Err(e) = self.asm.guest(i) {
                 self.encode_failed(i, &e);
             }
@@ -63,7 +63,7 @@ impl Translator<'_> {
     }
 
     pub(crate) fn rdtscp(&mut self, i: &Instruction) {
-        if self.mode.has(Mode::NATIVE_TSC) {
+        if self.mode.native_tsc() {
             if let Err(e) = self.asm.guest(i) {
                 self.encode_failed(i, &e);
             }
@@ -107,6 +107,39 @@ impl Translator<'_> {
                 load(self.asm, H::RCX);
                 self.asm.store(M::gs(off::gpr(n)), H::RCX);
             }
+        }
+    }
+
+    /// CLD and STD: the direction is part of the mode, so that string instructions know it.
+    pub(crate) fn change_direction(&mut self, i: &Instruction) {
+        if let Err(e) = self.asm.guest(i) {
+            self.encode_failed(i, &e);
+        }
+        let mode = Mode(self.mode.0 ^ Mode::DF);
+        self.asm.store_imm32(M::gs(off::MODE), mode.0 as i32);
+        self.exit_to(self.cur_next, mode, false);
+    }
+
+    /// MOV from a segment register to a general-purpose register.
+    pub(crate) fn read_segment(&mut self, i: &Instruction) {
+        let seg = match i.op1_register() {
+            Register::ES => 0,
+            Register::CS => 1,
+            Register::SS => 2,
+            Register::DS => 3,
+            Register::FS => 4,
+            Register::GS => 5,
+            _ => return self.callout(i, Action::Emulate),
+        };
+        match gpr_of(i.op0_register()) {
+            Some((n, Width::B32 | Width::B64)) => match home(n) {
+                Home::Host(h) => self.asm.load16(h, M::gs(off::seg_selector(seg))),
+                Home::Spilled(n) => {
+                    self.asm.load16(H::RCX, M::gs(off::seg_selector(seg)));
+                    self.asm.store(M::gs(off::gpr(n)), H::RCX);
+                }
+            },
+            _ => self.callout(i, Action::Emulate),
         }
     }
 

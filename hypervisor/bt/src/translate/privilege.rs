@@ -1,0 +1,218 @@
+//! SYSCALL, SYSRETQ and IRETQ to ring 3 without leaving translated code.
+//!
+//! Each has a short way for what 64-bit kernels do all the time and hands everything else to Rust, before anything has changed.
+//! The modes on both sides are functions of the current one ([`Mode::kernel64`], [`Mode::user64`]); the target is found in the
+//! other view's jump cache, provided that cache holds blocks of that very mode.
+
+use super::Translator;
+use crate::asm::{H, Label, M, cc};
+use crate::block::{Action, Mode};
+use crate::state::{FastSegments, off};
+use iced_x86::Instruction;
+use paravane_cpu::state::rflags;
+use std::mem::offset_of;
+
+/// Flags that rule out the short ways: the state behind them would have another mode.
+const SPECIAL: u64 = rflags::TF
+    | rflags::NT
+    | rflags::IOPL
+    | rflags::RF
+    | rflags::VM
+    | rflags::AC
+    | rflags::DF
+    | rflags::VIF
+    | rflags::VIP;
+
+fn fast(field: usize) -> M {
+    M::gs(off::STAR_FAST + field as i32)
+}
+
+impl Translator<'_> {
+    /// Jumps to `slow` unless the jump cache of `mode`'s view holds blocks of `mode`. Clobbers flags.
+    fn require_cache(&mut self, mode: Mode, slow: Label) {
+        self.asm.cmp32_mem_imm_flags(M::gs(off::JC_MODE + 4 * mode.view() as i32), mode.0 as i32);
+        self.asm.jcc(cc::NE, slow);
+    }
+
+    /// Stores a flat segment whose second word is in `from`. Clobbers R15.
+    fn load_segment(&mut self, seg: usize, from: M) {
+        self.asm.load(H::R15, from);
+        self.asm.store(M::gs(off::seg_word(seg)), H::R15);
+        self.asm.store_simm32(M::gs(off::seg_base(seg)), 0);
+    }
+
+    /// Makes the flags in RCX current: the native ones in the host, the rest in the state. Clobbers R15.
+    fn load_flags(&mut self) {
+        let a = &mut self.asm;
+        let native = rflags::NATIVE as i32;
+        a.mov32(H::R15, H::RCX);
+        a.and32_flags(H::R15, !native);
+        a.or32_flags(H::R15, rflags::FIXED as i32);
+        a.store(M::gs(off::RFLAGS), H::R15);
+        a.and32_flags(H::RCX, native);
+        a.or32_flags(H::RCX, 0x202);
+        a.push(H::RCX);
+        a.popfq();
+    }
+
+    pub(crate) fn syscall(&mut self, i: &Instruction) {
+        let m = self.mode;
+        let short = m.is64() && m.has(Mode::USER) && m.has(Mode::SCE) && !m.has(Mode::DF) && !m.alone();
+        if !short {
+            return self.callout(i, Action::Emulate);
+        }
+        let to = m.kernel64();
+        let slow = self.asm.label();
+        let a = &mut self.asm;
+        // RCX = RFLAGS, complete; kept in a slot too, for the long way and for R11.
+        a.pushfq();
+        a.pop(H::RCX);
+        a.and32_flags(H::RCX, rflags::NATIVE as i32);
+        a.load(H::R15, M::gs(off::RFLAGS));
+        a.lea(H::RCX, M::base_index(H::RCX, H::R15));
+        a.store(M::gs(off::TMP + 16), H::RCX);
+        self.require_cache(to, slow);
+        let a = &mut self.asm;
+        a.load(H::R15, M::gs(off::SFMASK));
+        a.not(H::R15);
+        a.and_mem_flags(H::R15, M::gs(off::TMP + 16));
+        a.store(M::gs(off::TMP + 24), H::R15);
+        a.and32_flags(H::R15, SPECIAL as i32);
+        a.jcc(cc::NE, slow);
+        a.load(H(11), M::gs(off::TMP + 16));
+        a.mov_imm(H::R13, self.cur_next);
+        self.load_segment(1, fast(offset_of!(FastSegments, syscall_cs)));
+        self.load_segment(2, fast(offset_of!(FastSegments, syscall_ss)));
+        let a = &mut self.asm;
+        a.store_imm8(M::gs(off::CPL), 0);
+        a.store_imm32(M::gs(off::MODE), to.0 as i32);
+        a.load(H::RCX, M::gs(off::TMP + 24));
+        self.load_flags();
+        self.asm.load(H::RCX, M::gs(off::LSTAR));
+        self.asm.store(M::gs(off::RIP), H::RCX);
+        self.jump_through_cache(to.view());
+        self.asm.bind(slow);
+        // The flags are clobbered: bring them back from the slot.
+        let a = &mut self.asm;
+        a.load(H::RCX, M::gs(off::TMP + 16));
+        self.load_flags();
+        self.callout(i, Action::Emulate);
+    }
+
+    /// Checks the flags in RCX for a return to ring 3: nothing special, and no interrupt waiting. Clobbers R15.
+    fn check_return_flags(&mut self, slow: Label) {
+        let a = &mut self.asm;
+        a.mov32(H::R15, H::RCX);
+        a.and32_flags(H::R15, SPECIAL as i32);
+        a.jcc(cc::NE, slow);
+        a.cmp32_mem_imm_flags(M::gs(off::IRQ_WINDOW), 0);
+        a.jcc(cc::NE, slow);
+    }
+
+    /// Goes to ring 3 at the RIP in RCX. Flags are the guest's already.
+    fn enter_user(&mut self, to: Mode) {
+        let a = &mut self.asm;
+        a.store(M::gs(off::RIP), H::RCX);
+        a.store_imm8(M::gs(off::CPL), 3);
+        a.store_imm32(M::gs(off::MODE), to.0 as i32);
+        self.jump_through_cache(to.view());
+    }
+
+    fn short_return(&self) -> bool {
+        let m = self.mode;
+        m.is64() && !m.has(Mode::RING) && m.has(Mode::PLAIN_IF) && !m.has(Mode::DF) && !m.alone()
+    }
+
+    pub(crate) fn sysretq(&mut self, i: &Instruction) {
+        if !self.short_return() || !self.mode.has(Mode::SCE) {
+            return self.callout(i, Action::Emulate);
+        }
+        let to = self.mode.user64();
+        let slow = self.asm.label();
+        self.asm.pushfq();
+        self.asm.pop(H::RCX);
+        self.asm.store(M::gs(off::TMP + 16), H::RCX);
+        self.require_cache(to, slow);
+        self.asm.mov(H::RCX, H(11));
+        self.check_return_flags(slow);
+        let a = &mut self.asm;
+        a.mov(H::R15, H::R13);
+        a.shr_flags(H::R15, 47);
+        a.jcc(cc::NE, slow);
+        self.load_segment(1, fast(offset_of!(FastSegments, sysret_cs)));
+        self.load_segment(2, fast(offset_of!(FastSegments, sysret_ss)));
+        let a = &mut self.asm;
+        a.mov32(H::RCX, H(11));
+        a.and32_flags(H::RCX, 0x3c_7fd7);
+        self.load_flags();
+        self.asm.mov(H::RCX, H::R13);
+        self.enter_user(to);
+        self.asm.bind(slow);
+        self.reload_native_flags();
+        self.callout(i, Action::Emulate);
+    }
+
+    /// Native flags from slot 2; the state's own share is untouched.
+    fn reload_native_flags(&mut self) {
+        let a = &mut self.asm;
+        a.load(H::RCX, M::gs(off::TMP + 16));
+        a.push(H::RCX);
+        a.popfq();
+    }
+
+    /// IRETQ to 64-bit ring 3 with selectors that were returned to before.
+    pub(crate) fn iretq(&mut self, i: &Instruction) {
+        if !self.short_return() {
+            return self.callout(i, Action::Emulate);
+        }
+        let to = self.mode.user64();
+        let slow = self.asm.label();
+        let a = &mut self.asm;
+        a.pushfq();
+        a.pop(H::RCX);
+        a.store(M::gs(off::TMP + 16), H::RCX);
+        self.require_cache(to, slow);
+        self.asm.mov(H::RCX, H::R14);
+        self.emit_lookup(40, false, false, slow);
+        let a = &mut self.asm;
+        a.lea(H::R15, M::base_index(H::R15, H::RCX));
+        a.store(M::gs(off::TMP + 24), H::R15);
+        a.load16(H::RCX, M::base(H::R15, 8));
+        a.cmp32_mem_flags(H::RCX, fast(offset_of!(FastSegments, iret_cs)));
+        a.jcc(cc::NE, slow);
+        a.load16(H::RCX, M::base(H::R15, 32));
+        a.cmp32_mem_flags(H::RCX, fast(offset_of!(FastSegments, iret_ss)));
+        a.jcc(cc::NE, slow);
+        a.load(H::RCX, M::base(H::R15, 0));
+        a.shr_flags(H::RCX, 47);
+        a.jcc(cc::NE, slow);
+        a.load(H::RCX, M::base(H::R15, 16));
+        self.check_return_flags(slow);
+        for (at, descriptor) in [
+            (offset_of!(FastSegments, iret_cs_at), offset_of!(FastSegments, iret_cs_descriptor)),
+            (offset_of!(FastSegments, iret_ss_at), offset_of!(FastSegments, iret_ss_descriptor)),
+        ] {
+            self.asm.load(H::RCX, fast(at));
+            self.emit_lookup(8, false, false, slow);
+            self.asm.load(H::RCX, M::base_index(H::R15, H::RCX));
+            self.asm.cmp_mem_flags(H::RCX, fast(descriptor));
+            self.asm.jcc(cc::NE, slow);
+        }
+        self.load_segment(1, fast(offset_of!(FastSegments, iret_cs_word)));
+        self.load_segment(2, fast(offset_of!(FastSegments, iret_ss_word)));
+        let a = &mut self.asm;
+        a.store_imm8(M::gs(off::NMI_BLOCKED), 0);
+        a.load(H::R15, M::gs(off::TMP + 24));
+        a.load(H::RCX, M::base(H::R15, 0));
+        a.store(M::gs(off::TMP), H::RCX);
+        a.load(H::R14, M::base(H::R15, 24));
+        a.load32(H::RCX, M::base(H::R15, 16));
+        a.and32_flags(H::RCX, 0x3f_7fd7);
+        self.load_flags();
+        self.asm.load(H::RCX, M::gs(off::TMP));
+        self.enter_user(to);
+        self.asm.bind(slow);
+        self.reload_native_flags();
+        self.callout(i, Action::Emulate);
+    }
+}

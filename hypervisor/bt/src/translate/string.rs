@@ -1,0 +1,128 @@
+//! MOVS, STOS and LODS inside translated code.
+//!
+//! Without REP they are two accesses. With REP, a run that stays within one page of each operand is done by the
+//! host's own REP instruction; everything else (a soft-TLB miss, a page boundary, a long count) goes to Rust. The direction flag is
+//! part of the mode, and only forward runs in 64-bit mode are worth the code.
+
+use super::Translator;
+use super::memory::{Access, Dest, Ea, MemOp, Value};
+use crate::asm::{H, M, cc};
+use crate::block::{Action, Mode};
+use crate::state::off;
+use iced_x86::{Instruction, Mnemonic, Register};
+
+impl Translator<'_> {
+    pub(crate) fn string(&mut self, i: &Instruction, flags_live: bool) {
+        let (reads, writes, size) = match i.mnemonic() {
+            Mnemonic::Movsb => (true, true, 1),
+            Mnemonic::Movsd => (true, true, 4),
+            Mnemonic::Movsq => (true, true, 8),
+            Mnemonic::Stosb => (false, true, 1),
+            Mnemonic::Stosd => (false, true, 4),
+            Mnemonic::Stosq => (false, true, 8),
+            Mnemonic::Lodsb => (true, false, 1),
+            Mnemonic::Lodsd => (true, false, 4),
+            _ => (true, false, 8),
+        };
+        let wide = [i.memory_base(), Register::RSI, Register::RDI].contains(&Register::RSI)
+            && i.op_kinds().all(|k| {
+                use iced_x86::OpKind as K;
+                !matches!(k, K::MemorySegESI | K::MemorySegSI | K::MemoryESEDI | K::MemoryESDI)
+            });
+        let overridden = matches!(i.segment_prefix(), Register::FS | Register::GS);
+        let rep = i.has_rep_prefix() || i.has_repne_prefix();
+        if !self.mode.is64() || self.mode.has(Mode::DF) || !wide || overridden || self.mode.alone() {
+            return self.callout(i, Action::Emulate);
+        }
+        match (rep, reads, writes) {
+            (false, _, _) => self.string_once(reads, writes, size, flags_live),
+            (true, _, true) => self.string_rep(i, reads, size, flags_live),
+            _ => self.callout(i, Action::Emulate),
+        }
+    }
+
+    fn string_once(&mut self, reads: bool, writes: bool, size: u8, flags_live: bool) {
+        let at = |reg: usize| Ea { base: Some(reg), index: None, disp: 0, bits: 64, seg: 3 };
+        let acc = |ea, write: bool| Access { ea, size: u16::from(size), read: !write, write, masked: false, flags_live };
+        let step = i32::from(size);
+        if reads {
+            let dest = if writes || size == 1 { Dest::Gs(off::TMP + 16) } else { Dest::Reg(H::RAX) };
+            self.emit_access(acc(at(6), false), MemOp::Load(dest, size));
+            if !writes && size == 1 {
+                // LODSB replaces AL alone.
+                self.asm.store(M::gs(off::TMP), H::RAX);
+                self.asm.load(H::RCX, M::gs(off::TMP + 16));
+                self.asm.store8(M::gs(off::TMP), H::RCX);
+                self.asm.load(H::RAX, M::gs(off::TMP));
+            }
+        }
+        if writes {
+            let v = if reads { Value::Gs(off::TMP + 16) } else { Value::Reg(H::RAX) };
+            self.emit_access(acc(at(7), true), MemOp::Store(v, size));
+            self.asm.lea(H::RDI, M::base(H::RDI, step));
+        }
+        if reads {
+            self.asm.lea(H::RSI, M::base(H::RSI, step));
+        }
+    }
+
+    /// REP MOVS and REP STOS. Temporary slots: 0 = RDI, 1 = RDX, 2 = host source, 3 = RSI.
+    fn string_rep(&mut self, i: &Instruction, movs: bool, size: u8, flags_live: bool) {
+        let (slow, restore, done, end) = (self.asm.label(), self.asm.label(), self.asm.label(), self.asm.label());
+        let shift = size.trailing_zeros() as u8;
+        if flags_live {
+            self.asm.pushfq();
+        }
+        self.asm.cmp_imm_flags(H::R13, 0);
+        self.asm.jcc(cc::E, done);
+        self.asm.cmp_imm_flags(H::R13, 4096);
+        self.asm.jcc(cc::A, slow);
+        self.asm.store(M::gs(off::TMP + 8), H::RDX);
+        let run = M { base: Some(H::RCX), index: Some((H::R13, shift)), disp: 0, gs: false };
+        if movs {
+            self.asm.mov(H::RCX, H::RSI);
+            self.emit_lookup(u16::from(size), false, false, restore);
+            self.asm.lea(H::RDX, run);
+            self.asm.cmp_imm_flags(H::RDX, 4096);
+            self.asm.jcc(cc::A, restore);
+            self.asm.lea(H::RCX, M::base_index(H::R15, H::RCX));
+            self.asm.store(M::gs(off::TMP + 16), H::RCX);
+        }
+        self.asm.mov(H::RCX, H::RDI);
+        self.emit_lookup(u16::from(size), true, false, restore);
+        self.asm.lea(H::RDX, run);
+        self.asm.cmp_imm_flags(H::RDX, 4096);
+        self.asm.jcc(cc::A, restore);
+        let a = &mut self.asm;
+        a.lea(H::R15, M::base_index(H::R15, H::RCX));
+        if movs {
+            a.store(M::gs(off::TMP + 24), H::RSI);
+            a.load(H::RSI, M::gs(off::TMP + 16));
+        }
+        a.store(M::gs(off::TMP), H::RDI);
+        a.mov(H::RDI, H::R15);
+        a.mov(H::RCX, H::R13);
+        a.rep_string(movs, size);
+        a.load(H::RDI, M::gs(off::TMP));
+        a.lea(H::RDI, M { base: Some(H::RDI), index: Some((H::R13, shift)), disp: 0, gs: false });
+        if movs {
+            a.load(H::RSI, M::gs(off::TMP + 24));
+            a.lea(H::RSI, M { base: Some(H::RSI), index: Some((H::R13, shift)), disp: 0, gs: false });
+        }
+        a.mov_imm(H::R13, 0);
+        a.load(H::RDX, M::gs(off::TMP + 8));
+        a.bind(done);
+        if flags_live {
+            a.popfq();
+        }
+        a.jmp(end);
+        a.bind(restore);
+        a.load(H::RDX, M::gs(off::TMP + 8));
+        a.bind(slow);
+        if flags_live {
+            a.popfq();
+        }
+        self.callout(i, Action::Emulate);
+        self.asm.bind(end);
+    }
+}
