@@ -1,0 +1,165 @@
+//! Soak runs of the differential tester. `difftest --help` lists the options.
+
+use clap::Parser;
+use difftest::catalog::catalog;
+use difftest::guest::Guest;
+use difftest::native::Native;
+use difftest::{Config, Report, Runner, Tester};
+use std::process::{Command, ExitCode, Stdio};
+
+/// Runs random user-mode instruction sequences natively and through the binary translator and compares everything.
+#[derive(Parser, Debug)]
+struct Args {
+    /// Number of sequences.
+    #[arg(long, default_value_t = 100_000)]
+    sequences: u64,
+    /// Seed of the run; seed and index name a sequence.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Index of the first sequence.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+    /// Processes that share the sequences.
+    #[arg(long, default_value_t = 1)]
+    jobs: u64,
+    /// Stop after so many differences (per process).
+    #[arg(long, default_value_t = 10)]
+    max_differences: usize,
+    /// Let status flags differ at page faults.
+    #[arg(long)]
+    relaxed_fault_flags: bool,
+    /// Compare the x87 instruction and data pointers too.
+    #[arg(long)]
+    x87_pointers: bool,
+    /// Compare the host with itself instead of the engine (checks the tester).
+    #[arg(long)]
+    native_only: bool,
+    /// Print the code of the sequences instead of running them.
+    #[arg(long)]
+    list: bool,
+    /// Print the instructions that are not covered, with reasons, and stop.
+    #[arg(long)]
+    coverage: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.coverage {
+        print_coverage();
+        return ExitCode::SUCCESS;
+    }
+    if args.list {
+        for i in args.first..args.first + args.sequences {
+            println!("sequence {i}:\n{}", difftest::listing(&difftest::generate::case(args.seed, i)));
+        }
+        return ExitCode::SUCCESS;
+    }
+    if args.jobs > 1 {
+        return share(&args);
+    }
+    match run(&args) {
+        Ok(report) => {
+            print_report(&report);
+            if args.first == 0 {
+                print_coverage();
+            }
+            if report.differences.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(e) => {
+            eprintln!("difftest: {e}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: &Args) -> std::io::Result<Report> {
+    let config = Config {
+        seed: args.seed,
+        first: args.first,
+        count: args.sequences,
+        max_differences: args.max_differences,
+        relaxed_fault_flags: args.relaxed_fault_flags,
+        x87_pointers: args.x87_pointers,
+        progress: 100_000,
+    };
+    let mut native = Native::new()?;
+    let mut guest;
+    let mut second;
+    let engine: &mut dyn Runner = if args.native_only {
+        second = Native::new()?;
+        &mut second
+    } else {
+        guest = Guest::new()?;
+        &mut guest
+    };
+    Tester::new(&mut native, engine, config).run()
+}
+
+/// Runs one process per job, each with its part of the sequences.
+fn share(args: &Args) -> ExitCode {
+    let part = args.sequences.div_ceil(args.jobs);
+    let mut children = Vec::new();
+    for job in 0..args.jobs {
+        let first = args.first + job * part;
+        let count = part.min((args.first + args.sequences).saturating_sub(first));
+        let mut c = match std::env::current_exe() {
+            Ok(exe) => Command::new(exe),
+            Err(e) => {
+                eprintln!("difftest: cannot find its own executable: {e}");
+                return ExitCode::from(2);
+            }
+        };
+        c.args(["--jobs", "1", "--seed", &args.seed.to_string(), "--first", &first.to_string()]);
+        c.args(["--sequences", &count.to_string(), "--max-differences", &args.max_differences.to_string()]);
+        for (on, flag) in [
+            (args.relaxed_fault_flags, "--relaxed-fault-flags"),
+            (args.x87_pointers, "--x87-pointers"),
+            (args.native_only, "--native-only"),
+        ] {
+            if on {
+                c.arg(flag);
+            }
+        }
+        match c.stdin(Stdio::null()).spawn() {
+            Ok(child) => children.push(child),
+            Err(e) => eprintln!("difftest: cannot start a job: {e}"),
+        }
+    }
+    let mut good = children.len() as u64 == args.jobs;
+    for mut c in children {
+        good &= c.wait().is_ok_and(|s| s.success());
+    }
+    println!("{}", if good { "all jobs: no difference" } else { "some job failed or found differences" });
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn print_report(report: &Report) {
+    for d in &report.differences {
+        println!("{}", d.reproducer);
+    }
+    println!(
+        "{} sequences compared, {} skipped (endless), {} unsteady on the host, {} differences",
+        report.compared,
+        report.skipped,
+        report.unsteady,
+        report.differences.len()
+    );
+    let vectors: Vec<String> = report.vectors.iter().map(|(v, n)| format!("{v}: {n}")).collect();
+    println!("endings by vector: {}", vectors.join(", "));
+    let unused: Vec<String> =
+        catalog().covered.iter().filter(|c| !report.uses.contains_key(c)).map(|c| format!("{c:?}")).collect();
+    println!("{} of {} covered forms used", catalog().covered.len() - unused.len(), catalog().covered.len());
+    if !unused.is_empty() && unused.len() < 200 {
+        println!("not used in this run: {}", unused.join(" "));
+    }
+}
+
+fn print_coverage() {
+    let c = catalog();
+    println!("{} instruction forms covered; not covered:", c.covered.len());
+    for (why, codes) in &c.excluded {
+        let names: Vec<String> = codes.iter().map(|c| format!("{c:?}")).collect();
+        println!("  {why}: {}", names.join(" "));
+    }
+    println!("  not an instruction, not in 64-bit mode, or not on this host: {} forms", c.out_of_scope);
+}

@@ -1,0 +1,32 @@
+//! Shortens a sequence that differs by leaving instructions out.
+
+use crate::Tester;
+use crate::generate::Case;
+use crate::sequence::is_end;
+use std::io;
+
+/// The shortest sequence found that still differs. Removal goes on until no single instruction can be spared.
+///
+/// # Errors
+/// When a runner fails.
+pub fn minimise(tester: &mut Tester<'_>, case: &Case) -> io::Result<Case> {
+    let mut best = case.clone();
+    loop {
+        let before = best.sequence.len();
+        for n in 0..best.sequence.items.len() {
+            let Some(item) = &best.sequence.items[n] else { continue };
+            if is_end(item.instruction.code()) {
+                continue;
+            }
+            let mut sequence = best.sequence.clone();
+            sequence.items[n] = None;
+            let Some(smaller) = best.with_sequence(sequence) else { continue };
+            if tester.compare(&smaller)?.is_some() {
+                best = smaller;
+            }
+        }
+        if best.sequence.len() == before {
+            return Ok(best);
+        }
+    }
+}

@@ -1,0 +1,561 @@
+//! Small arrangements of instructions: those that need their surroundings, and those that translators get wrong.
+
+use crate::generate::Builder;
+use crate::layout::{self, PAGE};
+use crate::operand::{MemWish, is_string};
+use crate::sequence::Target;
+use iced_x86::{Code, FlowControl, Instruction, MemoryOperand, Mnemonic, OpKind, Register};
+
+/// RFLAGS bits that a POPF or IRET image may hold: all that user mode can change but TF and AC.
+const POPF_FLAGS: u64 = 0x20_4cd5;
+const USER_CS: i32 = 0x33;
+const USER_SS: i32 = 0x2b;
+
+fn absolute(address: u64) -> MemoryOperand {
+    MemoryOperand::with_displ(address, 8)
+}
+
+fn gpr64(n: usize) -> Register {
+    Register::RAX + n as u32
+}
+
+impl Builder {
+    /// Appends form `code`, with whatever it needs around it to be safe to run and comparable.
+    pub(crate) fn place(&mut self, code: Code) {
+        use Mnemonic as M;
+        let info = code.op_code();
+        let kinds = info.op_kinds();
+        match info.mnemonic() {
+            M::Popf | M::Popfq => self.flags_from_stack(code),
+            M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave | M::Fxsave | M::Fxsave64 => self.fpu_store(code),
+            M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => self.xsave(code),
+            M::Xrstor | M::Xrstor64 => self.xrstor(code),
+            M::Fxrstor | M::Fxrstor64 | M::Fldenv | M::Frstor => self.fpu_load(code),
+            M::Ldmxcsr | M::Vldmxcsr => self.load_mxcsr(code),
+            M::Xgetbv => {
+                if self.rng.percent(90) && self.reserved & 2 == 0 {
+                    self.set(1, 0);
+                }
+                // ECX = 1 reads which components are in use, which is not architectural.
+                if self.known[1] == Some(0) {
+                    self.generic(code);
+                }
+            }
+            M::Ret => self.near_return(code),
+            M::Retf => self.far_return(code),
+            M::Iretq => self.interrupt_return(),
+            M::Call | M::Jmp if matches!(kinds.first(), Some(iced_x86::OpCodeOperandKind::r64_or_mem)) => {
+                self.indirect_branch(code);
+            }
+            M::Cmpxchg8b | M::Cmpxchg16b if self.rng.percent(60) => self.compare_exchange_wide(code),
+            M::Wrfsbase | M::Wrgsbase => self.write_base(code),
+            M::Int => {
+                let v = self.rng.below(256) as i32;
+                if v != 0x80 {
+                    self.push(Instruction::with1(code, v).expect("an immediate"));
+                }
+            }
+            M::Enter => {
+                let (size, level) = (self.rng.below(0x80) as i32, self.rng.below(if self.rng.clone().percent(50) { 1 } else { 5 }));
+                self.push(Instruction::with2(code, size, level as i32).expect("two immediates"));
+            }
+            M::Leave if self.rng.percent(80) => {
+                if self.reserved & 1 << 5 == 0 {
+                    let at = layout::STACK + PAGE - 64 + self.rng.below(8) * 8;
+                    self.set(5, at);
+                    self.generic(code);
+                }
+            }
+            _ if kinds.iter().any(|k| {
+                matches!(k, iced_x86::OpCodeOperandKind::br64_1 | iced_x86::OpCodeOperandKind::br64_4)
+            }) =>
+            {
+                self.forward_branch(code);
+            }
+            _ => {
+                self.implied(code);
+                self.generic(code);
+            }
+        }
+    }
+
+    /// Prepares registers that a form uses without naming them.
+    fn implied(&mut self, code: Code) {
+        use Mnemonic as M;
+        let info = code.op_code();
+        let usable = |b: &Self, n: usize| b.reserved & 1 << n == 0;
+        if is_string(info.op_kinds()) {
+            if self.rng.percent(80) {
+                for n in [6, 7] {
+                    if usable(self, n) {
+                        let at = self.target_address(MemWish { aligned: false, safe: false });
+                        self.set(n, at);
+                    }
+                }
+            }
+            if self.rng.percent(85) && usable(self, 1) {
+                let count = if self.rng.percent(85) { self.rng.below(40) } else { self.rng.below(9000) };
+                self.set(1, count);
+            }
+            return;
+        }
+        match info.mnemonic() {
+            M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu if usable(self, 7) => {
+                let at = self.target_address(MemWish::default());
+                self.set(7, at);
+            }
+            M::Xlatb if usable(self, 3) => {
+                let at = self.target_address(MemWish::default());
+                self.set(3, at);
+            }
+            M::Div | M::Idiv if self.rng.percent(60) && usable(self, 2) => {
+                let high = self.rng.pick(&[0, 0, 1, u64::MAX]);
+                self.set(2, high);
+            }
+            _ => {}
+        }
+    }
+
+    /// One of the directed arrangements.
+    pub(crate) fn template(&mut self) {
+        match self.rng.below(10) {
+            0 | 1 => self.flags_across_memory(),
+            2 => self.stack_traffic(),
+            3 => self.high_bytes(),
+            4 => self.backward_loop(),
+            5 => {
+                let code = self.rng.pick(&[Code::Call_rm64, Code::Jmp_rm64]);
+                self.indirect_branch(code);
+            }
+            6 => self.call_and_return(),
+            7 => self.repeated_string(),
+            8 => {
+                let code = self.rng.pick(&[Code::Div_rm8, Code::Div_rm32, Code::Div_rm64, Code::Idiv_rm16, Code::Idiv_rm64]);
+                self.place(code);
+            }
+            _ => {
+                let code = self.rng.pick(&[
+                    Code::Bt_rm64_r64,
+                    Code::Bts_rm64_r64,
+                    Code::Btr_rm32_r32,
+                    Code::Btc_rm16_r16,
+                    Code::Shld_rm64_r64_CL,
+                    Code::Rcl_rm32_CL,
+                    Code::Shl_rm64_CL,
+                    Code::Sar_rm8_CL,
+                ]);
+                self.generic(code);
+            }
+        }
+    }
+
+    /// Produce flags, touch memory, use the flags.
+    fn flags_across_memory(&mut self) {
+        let producer = self.rng.pick(&[
+            Code::Add_r64_rm64,
+            Code::Sub_rm32_r32,
+            Code::Cmp_rm64_imm8,
+            Code::Test_rm8_r8,
+            Code::Inc_rm64,
+            Code::Dec_rm8,
+            Code::Shl_rm32_imm8,
+            Code::Neg_rm64,
+            Code::Imul_r64_rm64,
+            Code::Bt_rm32_imm8,
+            Code::Popcnt_r64_rm64,
+            Code::Xor_r32_rm32,
+            Code::Cmc,
+        ]);
+        self.generic(producer);
+        for _ in 0..1 + self.rng.below(3) {
+            let access = self.rng.pick(&[
+                Code::Mov_r64_rm64,
+                Code::Mov_rm64_r64,
+                Code::Mov_r8_rm8,
+                Code::Mov_rm8_r8,
+                Code::Mov_rm32_imm32,
+                Code::Movzx_r32_rm16,
+                Code::Movsx_r64_rm8,
+                Code::Lea_r64_m,
+                Code::Push_r64,
+                Code::Pop_r64,
+                Code::Movups_xmm_xmmm128,
+                Code::Movups_xmmm128_xmm,
+                Code::Not_rm64,
+                Code::Xchg_rm64_r64,
+            ]);
+            self.generic(access);
+        }
+        let consumer = self.rng.pick(&[
+            Code::Adc_r64_rm64,
+            Code::Sbb_rm32_r32,
+            Code::Setb_rm8,
+            Code::Setle_rm8,
+            Code::Cmove_r64_rm64,
+            Code::Cmovg_r32_rm32,
+            Code::Jb_rel8_64,
+            Code::Jle_rel32_64,
+            Code::Jp_rel8_64,
+            Code::Jo_rel32_64,
+            Code::Lahf,
+            Code::Pushfq,
+            Code::Rcr_rm64_1,
+        ]);
+        self.place(consumer);
+    }
+
+    fn stack_traffic(&mut self) {
+        for _ in 0..2 + self.rng.below(4) {
+            let code = self.rng.pick(&[
+                Code::Push_r64,
+                Code::Push_r64,
+                Code::Push_r16,
+                Code::Push_rm64,
+                Code::Pushq_imm8,
+                Code::Pushq_imm32,
+                Code::Push_imm16,
+                Code::Pop_r64,
+                Code::Pop_rm64,
+                Code::Pop_r16,
+                Code::Pushfq,
+                Code::Pushw_FS,
+                Code::Pushq_GS,
+            ]);
+            self.generic(code);
+        }
+    }
+
+    /// AH, CH, DH and BH with memory operands: no REX prefix may appear.
+    fn high_bytes(&mut self) {
+        for _ in 0..1 + self.rng.below(3) {
+            let code = self.rng.pick(&[
+                Code::Mov_r8_rm8,
+                Code::Mov_rm8_r8,
+                Code::Add_r8_rm8,
+                Code::Sub_rm8_r8,
+                Code::Cmp_r8_rm8,
+                Code::Xchg_rm8_r8,
+                Code::Xadd_rm8_r8,
+                Code::Cmpxchg_rm8_r8,
+                Code::Or_rm8_r8,
+                Code::Adc_r8_rm8,
+                Code::Test_rm8_r8,
+            ]);
+            let high = Register::AH + self.rng.below(4) as u32;
+            for _ in 0..30 {
+                let Some(mut i) = self.random_operands(code) else { continue };
+                let which = if i.op0_kind() == OpKind::Register { 0 } else { 1 };
+                i.set_op_register(which, high);
+                if self.acceptable(&i) {
+                    self.push(i);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// A loop that runs a few times. Its body leaves the counter alone.
+    fn backward_loop(&mut self) {
+        if self.reserved != 0 {
+            return;
+        }
+        let counter = self.rng.pick(&[1usize, 1, 0, 9, 13]);
+        let turns = 1 + self.rng.below(6);
+        self.set(counter, turns);
+        let top = self.sequence.items.len();
+        self.reserved = 1 << counter;
+        for _ in 0..1 + self.rng.below(4) {
+            let code = self.any_code();
+            let flow = code.op_code().mnemonic();
+            // No branches and nothing that pops code addresses inside.
+            if plain_flow(code) && !matches!(flow, Mnemonic::Leave | Mnemonic::Enter) {
+                self.place(code);
+            }
+        }
+        self.reserved = 0;
+        if counter == 1 && self.rng.percent(50) {
+            let code = self.rng.pick(&[Code::Loop_rel8_64_RCX, Code::Loopne_rel8_64_RCX, Code::Loope_rel8_64_RCX]);
+            self.push_to(Instruction::with_branch(code, 0).expect("a branch"), Target::Branch(top));
+        } else {
+            self.push(Instruction::with1(Code::Dec_rm64, gpr64(counter)).expect("a register"));
+            self.push_to(Instruction::with_branch(Code::Jne_rel32_64, 0).expect("a branch"), Target::Branch(top));
+        }
+        // Registers that the body changes differ from turn to turn.
+        self.known[counter] = None;
+    }
+
+    fn forward_branch(&mut self, code: Code) {
+        let ahead = 1 + self.rng.index(3);
+        let here = self.sequence.items.len();
+        if let Ok(i) = Instruction::with_branch(code, 0) {
+            self.push_to(i, Target::Branch(here + 1 + ahead));
+        }
+    }
+
+    /// A register to hold a code address.
+    fn scratch(&mut self) -> usize {
+        loop {
+            let n = self.rng.index(16);
+            if n != 4 && self.reserved & 1 << n == 0 {
+                return n;
+            }
+        }
+    }
+
+    /// Loads the address of an item ahead into a register.
+    fn code_address(&mut self, ahead: usize) -> usize {
+        let n = self.scratch();
+        let here = self.sequence.items.len();
+        let i = Instruction::with2(Code::Mov_r32_imm32, Register::EAX + n as u32, 0u32).expect("a register");
+        self.push_to(i, Target::Immediate(here + ahead));
+        n
+    }
+
+    /// A jump or call through a register or memory, to an instruction ahead; sometimes to where it faults.
+    fn indirect_branch(&mut self, code: Code) {
+        if self.rng.percent(6) {
+            self.generic(code);
+            return;
+        }
+        let slot = layout::DATA + self.rng.below(PAGE / 8) * 8;
+        if self.rng.percent(50) {
+            let ahead = 2 + self.rng.index(3);
+            let n = self.code_address(ahead);
+            self.push(Instruction::with1(code, gpr64(n)).expect("a register"));
+        } else {
+            let ahead = 3 + self.rng.index(3);
+            let n = self.code_address(ahead);
+            self.push(Instruction::with2(Code::Mov_rm64_r64, absolute(slot), gpr64(n)).expect("a store"));
+            self.push(Instruction::with1(code, absolute(slot)).expect("memory"));
+        }
+    }
+
+    /// Push a code address and return to it.
+    fn near_return(&mut self, code: Code) {
+        let ahead = 3 + self.rng.index(2);
+        let n = self.code_address(ahead);
+        self.push(Instruction::with1(Code::Push_r64, gpr64(n)).expect("a register"));
+        if code.op_code().op_count() == 1 {
+            let bytes = self.rng.below(8) as i32 * 8;
+            self.push(Instruction::with1(code, bytes).expect("an immediate"));
+        } else {
+            self.push(Instruction::with(code));
+        }
+    }
+
+    /// `call` forward over a few instructions; the callee returns or falls through.
+    fn call_and_return(&mut self) {
+        let here = self.sequence.items.len();
+        // call callee; jmp end; callee: ...; ret; end:
+        let body = 1 + self.rng.index(3);
+        self.push_to(Instruction::with_branch(Code::Call_rel32_64, 0).expect("a branch"), Target::Branch(here + 2));
+        self.push_to(
+            Instruction::with_branch(Code::Jmp_rel32_64, 0).expect("a branch"),
+            Target::Branch(here + 3 + body),
+        );
+        for _ in 0..body {
+            let code = self.rng.pick(&[Code::Add_r64_rm64, Code::Xor_r32_rm32, Code::Lea_r64_m, Code::Cmp_rm32_imm8]);
+            let before = self.sequence.items.len();
+            self.generic(code);
+            if self.sequence.items.len() == before {
+                self.push(Instruction::with(Code::Nopd));
+            }
+        }
+        self.push(Instruction::with(Code::Retnq));
+    }
+
+    fn repeated_string(&mut self) {
+        let code = self.rng.pick(&[
+            Code::Movsb_m8_m8,
+            Code::Movsq_m64_m64,
+            Code::Stosb_m8_AL,
+            Code::Stosd_m32_EAX,
+            Code::Lodsw_AX_m16,
+            Code::Cmpsb_m8_m8,
+            Code::Scasb_AL_m8,
+            Code::Scasq_RAX_m64,
+        ]);
+        self.place(code);
+    }
+
+    fn flags_from_stack(&mut self, code: Code) {
+        let flags = (self.rng.next_u64() & POPF_FLAGS) as i32;
+        if code == Code::Popfw {
+            self.push(Instruction::with1(Code::Push_imm16, flags & 0x4cd5).expect("an immediate"));
+        } else {
+            self.push(Instruction::with1(Code::Pushq_imm32, flags).expect("an immediate"));
+        }
+        self.push(Instruction::with(code));
+    }
+
+    /// A far return to this code segment. The selector goes under the address.
+    fn far_return(&mut self, code: Code) {
+        self.push(Instruction::with1(Code::Pushq_imm32, USER_CS).expect("an immediate"));
+        let n = self.code_address(3);
+        self.push(Instruction::with1(Code::Push_r64, gpr64(n)).expect("a register"));
+        self.push(Instruction::with(code));
+    }
+
+    /// IRETQ within user mode, with a fresh stack pointer and flags.
+    fn interrupt_return(&mut self) {
+        let flags = (self.rng.next_u64() & POPF_FLAGS & !0x4000) as i32 | 0x202;
+        let stack = (layout::STACK + PAGE + self.rng.below(64) * 8) as i32;
+        for v in [USER_SS, stack, flags, USER_CS] {
+            self.push(Instruction::with1(Code::Pushq_imm32, v).expect("an immediate"));
+        }
+        let n = self.code_address(3);
+        self.push(Instruction::with1(Code::Push_r64, gpr64(n)).expect("a register"));
+        self.push(Instruction::with(Code::Iretq));
+    }
+
+    /// Stores of x87 images: FNINIT first, so that the instruction pointer in them is zero.
+    fn fpu_store(&mut self, code: Code) {
+        self.push(Instruction::with(Code::Fninit));
+        if self.rng.percent(50) {
+            self.generic(Code::Fldcw_m2byte);
+        }
+        let at = if self.rng.percent(80) {
+            layout::DATA + self.rng.below(0x1a0) * 16
+        } else {
+            self.target_address(MemWish::default())
+        };
+        self.push(Instruction::with1(code, absolute(at)).expect("memory"));
+    }
+
+    /// Loads of x87 images: mostly of one that was stored before.
+    fn fpu_load(&mut self, code: Code) {
+        let at = layout::DATA + self.rng.below(0x100) * 16;
+        let store = match code {
+            Code::Fxrstor_m512byte => Code::Fxsave_m512byte,
+            Code::Fxrstor64_m512byte => Code::Fxsave64_m512byte,
+            Code::Fldenv_m14byte => Code::Fnstenv_m14byte,
+            Code::Fldenv_m28byte => Code::Fnstenv_m28byte,
+            Code::Frstor_m94byte => Code::Fnsave_m94byte,
+            _ => Code::Fnsave_m108byte,
+        };
+        if self.rng.percent(80) {
+            self.push(Instruction::with(Code::Fninit));
+            self.push(Instruction::with1(store, absolute(at)).expect("memory"));
+            let filler = self.any_code();
+            self.generic_plain(filler);
+        }
+        self.push(Instruction::with1(code, absolute(at)).expect("memory"));
+    }
+
+    /// Saves vector state with every component in use, so that no init optimisation shows.
+    fn xsave(&mut self, code: Code) {
+        let at = layout::DATA + self.rng.below(8) * 64;
+        self.in_use();
+        let mask = self.rng.pick(&[0xe6, 6, 2, 4, 0xe4]) & crate::state::host_components();
+        if self.reserved & 5 != 0 {
+            return;
+        }
+        self.set(0, mask);
+        self.set(2, 0);
+        // XSAVE keeps the bytes of the header that it does not write; both sides start with the same.
+        self.push(Instruction::with1(code, absolute(at)).expect("memory"));
+    }
+
+    /// Writes registers of every vector component, so that none is in its initial configuration.
+    fn in_use(&mut self) {
+        if crate::state::component(7).is_some() {
+            for r in [Register::ZMM0, Register::ZMM15, Register::ZMM31] {
+                let mut i = Instruction::with4(Code::EVEX_Vpternlogd_zmm_k1z_zmm_zmmm512b32_imm8, r, r, r, 0xff)
+                    .expect("registers");
+                i.set_op_mask(Register::None);
+                self.push(i);
+            }
+            let k = Register::K1;
+            self.push(Instruction::with3(Code::VEX_Kxnorw_kr_kr_kr, k, k, k).expect("registers"));
+        } else {
+            let x = Register::XMM0;
+            self.push(Instruction::with2(Code::Pcmpeqd_xmm_xmmm128, x, x).expect("registers"));
+            if crate::state::component(2).is_some() {
+                let y = Register::YMM0;
+                self.push(Instruction::with3(Code::VEX_Vcmpps_ymm_ymm_ymmm256_imm8, y, y, y).map_or_else(
+                    |_| Instruction::with(Code::Nopd),
+                    |i| i,
+                ));
+            }
+        }
+    }
+
+    /// Saves, changes and restores vector state; sometimes restores what is no image.
+    fn xrstor(&mut self, code: Code) {
+        if self.reserved & 5 != 0 {
+            return;
+        }
+        let at = layout::DATA + self.rng.below(8) * 64;
+        let save = if code == Code::Xrstor64_mem { Code::Xsave64_mem } else { Code::Xsave_mem };
+        if self.rng.percent(85) {
+            // A clean header: XSTATE_BV, XCOMP_BV and the reserved words.
+            for word in 0..8 {
+                let i = Instruction::with2(Code::Mov_rm64_imm32, absolute(at + 512 + word * 8), 0).expect("a store");
+                self.push(i);
+            }
+            self.in_use();
+            self.set(0, 0xe6 & crate::state::host_components());
+            self.set(2, 0);
+            self.push(Instruction::with1(save, absolute(at)).expect("memory"));
+            self.generic_plain(Code::Pxor_xmm_xmmm128);
+        }
+        let mask = self.rng.pick(&[0xe6, 6, 2, 4, 0xe0, 0xe7]);
+        self.set(0, mask);
+        self.set(2, 0);
+        self.push(Instruction::with1(code, absolute(at)).expect("memory"));
+    }
+
+    /// A plain instruction of this form, if it is one.
+    fn generic_plain(&mut self, code: Code) {
+        if plain_flow(code) {
+            self.place(code);
+        }
+    }
+
+    fn load_mxcsr(&mut self, code: Code) {
+        let at = layout::DATA + self.rng.below(PAGE / 4) * 4;
+        let v = self.rng.next_u64() as i32 & if self.rng.percent(90) { 0xffff } else { 0x3_ffff };
+        let v = if self.rng.percent(60) { v | 0x1f80 } else { v };
+        self.push(Instruction::with2(Code::Mov_rm32_imm32, absolute(at), v).expect("a store"));
+        self.push(Instruction::with1(code, absolute(at)).expect("memory"));
+    }
+
+    fn compare_exchange_wide(&mut self, code: Code) {
+        let at = layout::DATA + self.rng.below(PAGE / 16) * 16;
+        if self.reserved & 5 == 0 {
+            let (first, a, d, step) = if code == Code::Cmpxchg16b_m128 {
+                (Code::Mov_r64_rm64, Register::RAX, Register::RDX, 8)
+            } else {
+                (Code::Mov_r32_rm32, Register::EAX, Register::EDX, 4)
+            };
+            self.push(Instruction::with2(first, a, absolute(at)).expect("a load"));
+            self.push(Instruction::with2(first, d, absolute(at + step)).expect("a load"));
+            let mut i = Instruction::with1(code, absolute(at)).expect("memory");
+            i.set_has_lock_prefix(self.rng.percent(50));
+            self.push(i);
+        }
+    }
+
+    /// WRFSBASE and WRGSBASE of a data address, and now and then of anything.
+    fn write_base(&mut self, code: Code) {
+        let n = self.scratch();
+        let value = if self.rng.percent(85) { layout::DATA + self.rng.below(PAGE) } else { self.rng.interesting() };
+        self.set(n, value);
+        let wide = matches!(code, Code::Wrfsbase_r64 | Code::Wrgsbase_r64);
+        let r = if wide { gpr64(n) } else { Register::EAX + n as u32 };
+        self.push(Instruction::with1(code, r).expect("a register"));
+        let new = if wide { value } else { value & 0xffff_ffff };
+        if new >> 47 == 0 {
+            if matches!(code, Code::Wrfsbase_r64 | Code::Wrfsbase_r32) {
+                self.fs_base = new;
+            } else {
+                self.gs_base = new;
+            }
+        }
+    }
+}
+
+/// Whether a form goes on with the next instruction (faults aside).
+fn plain_flow(code: Code) -> bool {
+    code.flow_control() == FlowControl::Next
+}
