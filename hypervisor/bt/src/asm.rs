@@ -90,18 +90,37 @@ pub(crate) struct Asm {
     pub(crate) buf: Vec<u8>,
     labels: Vec<u32>,
     fixes: Vec<(Fix, Label)>,
+    /// Where the cold part begins: code that is placed away from the rest, see [`Asm::cold`].
+    cold: Option<u32>,
     encoder: Encoder,
 }
 
 impl Asm {
     pub(crate) fn new() -> Self {
-        Self { buf: Vec::with_capacity(8192), labels: Vec::new(), fixes: Vec::new(), encoder: Encoder::new(64) }
+        Self {
+            buf: Vec::with_capacity(8192),
+            labels: Vec::new(),
+            fixes: Vec::new(),
+            cold: None,
+            encoder: Encoder::new(64),
+        }
     }
 
     pub(crate) fn clear(&mut self) {
         self.buf.clear();
         self.labels.clear();
         self.fixes.clear();
+        self.cold = None;
+    }
+
+    /// What follows is rarely executed and may be placed elsewhere. Only 32-bit jumps may lead across.
+    pub(crate) fn cold(&mut self) {
+        self.cold = Some(self.pos());
+    }
+
+    /// The hot and the cold part.
+    pub(crate) fn parts(&self) -> (&[u8], &[u8]) {
+        self.buf.split_at(self.cold.unwrap_or(self.pos()) as usize)
     }
 
     pub(crate) fn pos(&self) -> u32 {
@@ -128,23 +147,25 @@ impl Asm {
         self.labels[l.0 as usize]
     }
 
-    /// Resolves all jumps between labels of this buffer.
-    pub(crate) fn resolve(&mut self) {
-        for &(fix, label) in &self.fixes {
+    /// Resolves all jumps between labels of this buffer, given the distance by which the cold part is moved further away
+    /// from the hot part than it is here.
+    pub(crate) fn resolve(&mut self, moved: i64) {
+        let cold = self.cold.unwrap_or(u32::MAX);
+        for (fix, label) in std::mem::take(&mut self.fixes) {
             let target = self.labels[label.0 as usize];
             assert_ne!(target, UNBOUND, "a jump in emitted code names a label that was never placed");
+            let far = |at: u32| i64::from(at) + if at >= cold { moved } else { 0 };
             match fix {
                 Fix::Rel8(at) => {
-                    let d = i64::from(target) - i64::from(at) - 1;
+                    let d = far(target) - far(at) - 1;
                     self.buf[at as usize] = i8::try_from(d).expect("short jump in emitted code is in reach") as u8;
                 }
                 Fix::Rel32(at) => {
-                    let d = (i64::from(target) - i64::from(at) - 4) as i32;
+                    let d = (far(target) - far(at) - 4) as i32;
                     self.buf[at as usize..at as usize + 4].copy_from_slice(&d.to_le_bytes());
                 }
             }
         }
-        self.fixes.clear();
     }
 
     fn b(&mut self, bytes: &[u8]) {

@@ -1,5 +1,6 @@
 //! What a translated block is: its key, its ways out, and what the engine must know about places inside it.
 
+use crate::cache::Placed;
 use iced_x86::Instruction;
 use paravane_cpu::state::{cr0, cr4, efer, rflags};
 use paravane_cpu::{CpuState, Seg, Segment};
@@ -192,8 +193,8 @@ pub(crate) struct Block {
     pub(crate) guest_len: u32,
     /// Guest-physical page of the tail when the last instruction crosses into it.
     pub(crate) second_page: Option<u64>,
-    /// Offset of the code in the cache.
-    pub(crate) start: u32,
+    /// Where the code is in the cache.
+    pub(crate) placed: Placed,
     /// Offset of the entry point.
     pub(crate) entry: u32,
     /// Exits that jump straight here.
@@ -263,7 +264,7 @@ pub(crate) enum Action {
 /// A place in translated code where the host CPU may raise an exception on the guest's behalf.
 #[derive(Clone, Copy)]
 pub(crate) struct FaultSite {
-    /// Offset from the block's start.
+    /// Offset in the block as it was assembled, hot part first.
     pub(crate) at: u32,
     pub(crate) kind: FaultKind,
 }

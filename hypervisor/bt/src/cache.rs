@@ -6,13 +6,41 @@
 #![allow(unsafe_code)] // Mapping and writing code memory.
 
 use crate::BtError;
+use crate::asm::Asm;
+
+/// Size of a huge page.
+const HUGE: usize = 2 << 20;
 
 /// The translation cache's memory.
 pub(crate) struct CodeMemory {
     rw: *mut u8,
     rx: *mut u8,
     len: usize,
-    used: usize,
+    /// Where the cold region begins.
+    split: usize,
+    /// Next free places.
+    hot: usize,
+    cold: usize,
+}
+
+/// Where a block's two parts are in the cache.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Placed {
+    pub(crate) hot: u32,
+    pub(crate) cold: u32,
+    hot_len: u32,
+}
+
+impl Placed {
+    /// Cache offset of an offset in the block as it was assembled.
+    pub(crate) fn offset(self, at: u32) -> u32 {
+        if at < self.hot_len { self.hot + at } else { self.cold + at - self.hot_len }
+    }
+
+    /// Offset in the block as it was assembled of a place in its cold part.
+    pub(crate) fn cold_offset(self, at: u32) -> u32 {
+        at - self.cold + self.hot_len
+    }
 }
 
 // SAFETY: the mappings are owned by this value and are not tied to a thread.
@@ -27,9 +55,30 @@ impl CodeMemory {
         if fd < 0 {
             return Err(fail("the translation cache cannot be created"));
         }
+        let len = len.next_multiple_of(HUGE);
         let map = |prot| {
-            // SAFETY: a fresh mapping of our own descriptor at an address the kernel chooses.
-            unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, fd, 0) }
+            // Huge pages want addresses that are multiples of their size: reserve more, and map in the middle.
+            // SAFETY: a fresh reservation, then our own descriptor inside it, then the rest given back.
+            unsafe {
+                let all = libc::mmap(
+                    std::ptr::null_mut(),
+                    len + HUGE,
+                    libc::PROT_NONE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                    -1,
+                    0,
+                );
+                if all == libc::MAP_FAILED {
+                    return all;
+                }
+                let at = (all as usize).next_multiple_of(HUGE);
+                let head = at - all as usize;
+                if head > 0 {
+                    libc::munmap(all, head);
+                }
+                libc::munmap((at + len) as *mut libc::c_void, HUGE - head);
+                libc::mmap(at as *mut libc::c_void, len, prot, libc::MAP_SHARED | libc::MAP_FIXED, fd, 0)
+            }
         };
         // SAFETY: `fd` is ours.
         let sized = unsafe { libc::ftruncate(fd, len as libc::off_t) } == 0;
@@ -40,7 +89,14 @@ impl CodeMemory {
         if !sized || rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
             return Err(fail("the translation cache cannot be mapped (does this host forbid executable mappings?)"));
         }
-        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, used: 0 })
+        // Translated code is large: without huge pages, instruction-TLB misses dominate programs of any size. Advice
+        // may be refused; then pages are small.
+        for view in [rw, rx] {
+            // SAFETY: advice about our own mapping.
+            unsafe { libc::madvise(view, len, libc::MADV_HUGEPAGE) };
+        }
+        let split = len / 2;
+        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split })
     }
 
     /// Address of an offset, as executed.
@@ -54,22 +110,30 @@ impl CodeMemory {
         (d < self.len as u64).then_some(d as u32)
     }
 
-    /// Executable range, for signal handlers.
-    pub(crate) fn range(&self) -> std::ops::Range<u64> {
-        self.rx as u64..self.rx as u64 + self.len as u64
-    }
-
-    /// Places code, 16-byte aligned; `None` when the cache is full.
-    pub(crate) fn place(&mut self, code: &[u8]) -> Option<u32> {
-        let at = self.used;
-        let end = at.checked_add(code.len())?;
-        if end > self.len {
+    /// Places what `asm` holds, its hot and its cold part apart, so that code that runs is not diluted with code that
+    /// rarely does. `None` when the cache is full.
+    pub(crate) fn place(&mut self, asm: &mut Asm) -> Option<Placed> {
+        let (hot, cold) = asm.parts();
+        let (hot_len, cold_len) = (hot.len(), cold.len());
+        let at = Placed { hot: self.hot as u32, cold: self.cold as u32, hot_len: hot_len as u32 };
+        if self.hot + hot_len > self.split || self.cold + cold_len > self.len {
             return None;
         }
-        // SAFETY: at..end lies within the writable view, which nothing else refers to.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(at), code.len()) };
-        self.used = (end + 15) & !15;
-        Some(at as u32)
+        asm.resolve((self.cold - self.hot - hot_len) as i64);
+        let (hot, cold) = asm.parts();
+        // SAFETY: both ranges were just checked to lie within the writable view, which nothing else refers to.
+        unsafe {
+            std::ptr::copy_nonoverlapping(hot.as_ptr(), self.rw.add(self.hot), hot_len);
+            std::ptr::copy_nonoverlapping(cold.as_ptr(), self.rw.add(self.cold), cold_len);
+        }
+        self.hot = (self.hot + hot_len + 15) & !15;
+        self.cold += cold_len;
+        Some(at)
+    }
+
+    /// Whether an offset lies in the cold part.
+    pub(crate) fn is_cold(&self, offset: u32) -> bool {
+        offset as usize >= self.split
     }
 
     /// Points the 32-bit displacement at `at` to `target`.
@@ -80,14 +144,9 @@ impl CodeMemory {
         unsafe { self.rw.add(at as usize).cast::<i32>().write_unaligned(d) };
     }
 
-    /// Bytes in use.
-    pub(crate) fn used(&self) -> usize {
-        self.used
-    }
-
     /// Forgets all code and gives its pages back to the host.
     pub(crate) fn clear(&mut self) {
-        self.used = 0;
+        (self.hot, self.cold) = (0, self.split);
         // SAFETY: the whole of our own shared mapping; its content is no longer needed.
         unsafe { libc::madvise(self.rw.cast(), self.len, libc::MADV_REMOVE) };
     }

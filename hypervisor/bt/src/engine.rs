@@ -247,10 +247,13 @@ impl Engine {
     pub(crate) fn fault_at(&self, rip: u64) -> Option<(FaultKind, u64)> {
         let at = self.code.offset_of(rip)?;
         let blocks = &self.tables.blocks;
-        let n = blocks.partition_point(|b| b.start <= at).checked_sub(1)?;
+        let cold = self.code.is_cold(at);
+        let n =
+            blocks.partition_point(|b| if cold { b.placed.cold <= at } else { b.placed.hot <= at }).checked_sub(1)?;
         let b = &blocks[n];
+        let inside = if cold { b.placed.cold_offset(at) } else { at - b.placed.hot };
         let faults = &self.tables.faults[b.faults.start as usize..b.faults.end as usize];
-        let f = faults.iter().find(|f| f.at == at - b.start)?;
+        let f = faults.iter().find(|f| f.at == inside)?;
         Some((f.kind, b.key.rip))
     }
 

@@ -303,19 +303,19 @@ impl Engine {
         let t =
             Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip).translate(&decoded);
         self.decoded = decoded;
-        let Some(start) = self.code.place(&self.asm.buf) else {
+        let Some(placed) = self.code.place(&mut self.asm) else {
             self.tables.faults.truncate(faults as usize);
             return Ok(None);
         };
         for x in &t.exits {
-            self.tables.exits.push(x.place(id, start));
+            self.tables.exits.push(x.place(id, placed));
         }
         self.tables.blocks.push(Block {
             key,
             guest_len: t.guest_len,
             second_page,
-            start,
-            entry: start + t.entry,
+            placed,
+            entry: placed.offset(t.entry),
             incoming: Vec::new(),
             exits: first_exit..self.tables.exits.len() as u32,
             faults: faults..self.tables.faults.len() as u32,
@@ -347,7 +347,7 @@ impl Engine {
         if !from.live || mode.alone() || self.cpu().rip != rip || shared(mode) != shared(x.target_mode) {
             return;
         }
-        let n = self.tables.blocks.partition_point(|b| b.start <= entry) - 1;
+        let n = self.tables.blocks.partition_point(|b| b.placed.hot <= entry) - 1;
         let to = &self.tables.blocks[n];
         if to.entry != entry || to.key.rip != rip || !to.live {
             return;
@@ -361,8 +361,8 @@ impl Engine {
             let (patch, view) = (x.patch, x.target_mode.view());
             if x.target_mode.has(Mode::FLAT) {
                 crate::translate::jump_cache_stub(&mut self.asm, rip, view);
-                if let Some(stub) = self.code.place(&self.asm.buf) {
-                    self.code.patch(patch, stub);
+                if let Some(stub) = self.code.place(&mut self.asm) {
+                    self.code.patch(patch, stub.hot);
                 }
             }
             return;

@@ -431,5 +431,4 @@ pub(crate) fn jump_cache_stub(a: &mut Asm, target: u64, view: usize) {
     a.mov_imm(H::RCX, target);
     a.store(M::gs(off::RIP), H::RCX);
     lookup_constant(a, target, view);
-    a.resolve();
 }

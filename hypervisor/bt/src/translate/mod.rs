@@ -14,6 +14,7 @@ mod system;
 
 use crate::asm::{Asm, H, M};
 use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, Tables};
+use crate::cache::Placed;
 use crate::regs::{Home, Width, home};
 use crate::state::{Thunk, off};
 use classify::{Class, Unit, classify};
@@ -185,9 +186,9 @@ impl<'a> Translator<'a> {
                 self.exit_to(next, self.mode, false);
             }
         }
+        self.asm.cold();
         self.emit_slow_paths();
         self.emit_stubs();
-        self.asm.resolve();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
         Translated { guest_len: guest_len.max(1), entry, instructions: code.len() as u32, exits: self.exits }
     }
@@ -344,14 +345,14 @@ impl<'a> Translator<'a> {
 }
 
 impl RawExit {
-    /// The exit as the engine keeps it, for a block placed at `base` in the cache.
-    pub(crate) fn place(&self, block: BlockId, base: u32) -> Exit {
+    /// The exit as the engine keeps it.
+    pub(crate) fn place(&self, block: BlockId, at: Placed) -> Exit {
         Exit {
             block,
             target_rip: self.target_rip,
             target_mode: self.target_mode,
-            patch: base + self.patch,
-            stub: base + self.stub,
+            patch: at.offset(self.patch),
+            stub: at.offset(self.stub),
             linked: None,
         }
     }
