@@ -1,0 +1,146 @@
+//! Runtime: serial TAP output, interrupt table, trap records and the way out.
+use core::arch::asm;
+use core::fmt::{self, Write};
+
+/// What the last exception left behind; the layout is shared with `boot.s`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Trap {
+    pub vector: u64,
+    pub error: u64,
+    pub rip: u64,
+    pub cs: u64,
+    pub rflags: u64,
+    pub rsp: u64,
+    pub ss: u64,
+    pub cr2: u64,
+    pub count: u64,
+    pub resume: u64,
+    pub kernel_rsp: u64,
+}
+#[unsafe(no_mangle)]
+pub static mut TRAP: Trap =
+    Trap { vector: 0, error: 0, rip: 0, cs: 0, rflags: 0, rsp: 0, ss: 0, cr2: 0, count: 0, resume: 0, kernel_rsp: 0 };
+static mut IDT: [[u64; 2]; 256] = [[0; 2]; 256];
+static mut TSS: [u32; 26] = [0; 26];
+#[repr(align(16))]
+#[allow(dead_code, reason = "reached through its address")]
+struct Stack([u8; 16384]);
+static mut IST: Stack = Stack([0; 16384]);
+static mut TESTS: u32 = 0;
+static mut FAILED: u32 = 0;
+
+unsafe extern "C" {
+    static stub_table: [u64; 256];
+    static mut GDT: [u64; 8];
+    pub fn enter_user(rip: u64, rsp: u64, rflags: u64, cs: u64);
+}
+
+pub struct Serial;
+impl Write for Serial {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for byte in text.bytes() {
+            // SAFETY: polls and writes COM1, which nothing else in the guest uses.
+            unsafe {
+                let mut status = 0u8;
+                while status & 0x20 == 0 {
+                    asm!("in al, dx", in("dx") 0x3fdu16, out("al") status);
+                }
+                asm!("out dx, al", in("dx") 0x3f8u16, in("al") byte);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The last trap, read after the asm block that caused it.
+pub fn trap() -> Trap {
+    // SAFETY: one CPU, and traps only happen inside the asm blocks of tests.
+    unsafe { core::ptr::read_volatile(&raw const TRAP) }
+}
+
+/// Prints one TAP line; a failure shows what was found and what was wanted.
+pub fn check<T: PartialEq + fmt::Debug>(name: &str, got: T, want: T) {
+    // SAFETY: one CPU, never called from a trap.
+    unsafe {
+        TESTS += 1;
+        let number = TESTS;
+        if got == want {
+            let _ = writeln!(Serial, "ok {number} - {name}");
+        } else {
+            FAILED += 1;
+            let _ = writeln!(Serial, "not ok {number} - {name} # got {got:x?} want {want:x?}");
+        }
+    }
+}
+
+pub fn exit(value: u32) -> ! {
+    loop {
+        // SAFETY: the debug-exit port ends the machine; hlt covers a machine without it.
+        unsafe { asm!("out dx, eax", "cli", "hlt", in("dx") 0xf4u16, in("eax") value) }
+    }
+}
+
+/// Prints the plan and leaves with 0 only when every test passed.
+pub fn finish() -> ! {
+    // SAFETY: one CPU.
+    let (tests, failed) = unsafe { (TESTS, FAILED) };
+    let _ = writeln!(Serial, "1..{tests}");
+    exit((failed != 0 || tests == 0) as u32)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn unexpected_trap() -> ! {
+    let t = trap();
+    let _ = writeln!(Serial, "Bail out! vector {} error {:#x} rip {:#x} cr2 {:#x}", t.vector, t.error, t.rip, t.cr2);
+    exit(2)
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo) -> ! {
+    let _ = writeln!(Serial, "Bail out! {info}");
+    exit(2)
+}
+
+/// Installs the TSS (RSP0 and IST1) and an IDT whose every gate uses IST1; gates 3 and 0x80 open to ring 3.
+pub fn init() {
+    // SAFETY: runs once, before any trap can happen; the tables are static.
+    unsafe {
+        let top = &raw const IST as u64 + 16384;
+        for slot in [1, 9] {
+            TSS[slot] = top as u32;
+            TSS[slot + 1] = (top >> 32) as u32;
+        }
+        TSS[25] = 104 << 16;
+        let base = &raw const TSS as u64;
+        GDT[6] = 103 | (base & 0xff_ffff) << 16 | 0x89 << 40 | (base >> 24 & 0xff) << 56;
+        GDT[7] = base >> 32;
+        for vector in 0..256 {
+            let at = stub_table[vector];
+            let dpl = if vector == 3 || vector == 0x80 { 3 } else { 0 };
+            IDT[vector] =
+                [at & 0xffff | 8 << 16 | 1 << 32 | (0x8e | dpl << 5) << 40 | (at >> 16 & 0xffff) << 48, at >> 32];
+        }
+        let pointer: [u16; 5] = {
+            let b = &raw const IDT as u64;
+            [4095, b as u16, (b >> 16) as u16, (b >> 32) as u16, (b >> 48) as u16]
+        };
+        asm!("lidt [{}]", "ltr {:x}", in(reg) &pointer, in(reg) 0x30u64);
+    }
+}
+
+/// Runs asm that must fault; yields (the trap, the address of the faulting line, whether a trap happened).
+#[macro_export]
+macro_rules! fault {
+    ($body:literal $(, $($operand:tt)*)?) => {{
+        let before = $crate::rt::trap().count;
+        let at: u64;
+        core::arch::asm!(
+            "lea r11, [rip + 3f]", "mov [rip + TRAP + 72], r11", "lea r11, [rip + 2f]",
+            "2:", $body, "3:", "mov qword ptr [rip + TRAP + 72], 0",
+            $($($operand)*,)? out("r11") at
+        );
+        let trap = $crate::rt::trap();
+        (trap, at, trap.count - before)
+    }};
+}
