@@ -242,7 +242,7 @@ fn registers(rng: &mut Rng, rip: u64) -> Regs {
     r.gpr[4] = layout::STACK + PAGE + slack - 256;
     r.rip = rip;
     let status = rng.next_u64() & 0x8d5;
-    r.rflags = 0x202 | status | if rng.percent(5) { 1 << 10 } else { 0 } | if rng.percent(20) { 1 << 21 } else { 0 };
+    r.rflags = 0x202 | status | if rng.percent(5) { 1 << 10 } else { 0 };
     r.fs_base = layout::DATA + rng.below(PAGE);
     r.gs_base = layout::DATA + rng.below(PAGE);
     fill_fpu(rng, &mut r.fpu);

@@ -52,7 +52,7 @@ pub struct Config {
     pub count: u64,
     /// Stops after so many differences.
     pub max_differences: usize,
-    /// Status flags may differ at a page fault.
+    /// Status flags may differ when a memory access faults.
     pub relaxed_fault_flags: bool,
     /// Compare the x87 instruction and data pointers too.
     pub x87_pointers: bool,
@@ -92,6 +92,8 @@ pub struct Report {
     pub compared: u64,
     /// Sequences left out because they loop, by either side's account, or wrote over the native process.
     pub skipped: u64,
+    /// Index of the first of them.
+    pub skipped_first: Option<u64>,
     /// Sequences whose native result differs from run to run.
     pub unsteady: u64,
     /// Differences.
@@ -107,6 +109,7 @@ impl Report {
     pub fn merge(&mut self, other: Self) {
         self.compared += other.compared;
         self.skipped += other.skipped;
+        self.skipped_first = self.skipped_first.or(other.skipped_first);
         self.unsteady += other.unsteady;
         self.differences.extend(other.differences);
         for (k, v) in other.uses {
@@ -157,8 +160,10 @@ impl<'a> Tester<'a> {
 
     fn run_batch(&mut self, index: u64, cases: &[Case], report: &mut Report) -> io::Result<()> {
         let inputs: Vec<Input> = cases.iter().map(|c| (*c.input).clone()).collect();
+        // Both see the whole batch, and so the same bytes where a wild jump leads.
         for c in cases {
             self.native.load_code(c.slot, c.offset, c.code());
+            self.engine.load_code(c.slot, c.offset, c.code());
         }
         self.native.run(&inputs, &mut self.expected[..cases.len()])?;
         for (n, case) in cases.iter().enumerate() {
@@ -167,9 +172,9 @@ impl<'a> Tester<'a> {
             }
             if self.expected[n].end != End::Exception {
                 report.skipped += 1;
+                report.skipped_first.get_or_insert(index + n as u64);
                 continue;
             }
-            self.engine.load_code(case.slot, case.offset, case.code());
             self.engine.run(&inputs[n..=n], &mut self.got[n..=n])?;
             report.compared += 1;
             *report.vectors.entry(self.expected[n].vector).or_default() += 1;
@@ -191,7 +196,7 @@ impl<'a> Tester<'a> {
 
     /// What may differ, given how the native run ended.
     fn tolerance(&self, case: &Case, native: &Outcome) -> Tolerance {
-        let fault = native.vector == 14;
+        let fault = matches!(native.vector, 12..=14);
         let at = case.item_at(native.regs.rip).map(|i| i.instruction.mnemonic());
         // Which elements of a gather or scatter are done when one faults is the implementation's choice (SDM vol. 2, VGATHERDPS).
         let partial = at.is_some_and(is_gather_or_scatter) && matches!(native.vector, 12..=14);
@@ -226,7 +231,7 @@ impl<'a> Tester<'a> {
     }
 
     fn reproducer(&mut self, index: u64, case: &Case, what: &str) -> io::Result<String> {
-        let mut small = minimise::minimise(self, case)?;
+        let mut small = minimise::minimise(self, case, what)?;
         let again = self.compare(&small)?;
         if again.is_none() {
             // It needs what ran before it.

@@ -25,7 +25,7 @@ struct Args {
     /// Stop after so many differences (per process).
     #[arg(long, default_value_t = 10)]
     max_differences: usize,
-    /// Let status flags differ at page faults.
+    /// Let status flags differ when a memory access faults.
     #[arg(long)]
     relaxed_fault_flags: bool,
     /// Compare the x87 instruction and data pointers too.

@@ -25,7 +25,7 @@ use std::time::Duration;
 /// Gives up on a child that has not answered for so long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 /// Period of the timer that looks for endless sequences.
-const TICK_US: i64 = 20_000;
+const TICK_US: i64 = 5_000;
 
 /// Runs batches on the host CPU.
 #[derive(Debug)]
@@ -172,7 +172,8 @@ static mut HOST_FS: u64 = 0;
 static mut USER_FS: u64 = 0;
 static mut USER_GS: u64 = 0;
 
-/// Entry of every signal: swaps the thread pointer in, calls [`on_signal`], swaps the bases back.
+/// Entry of every signal: swaps the thread pointer in, clears ID and NT (which `rt_sigreturn` would carry over to the
+/// next sequence), calls [`on_signal`], swaps the bases back.
 #[unsafe(naked)]
 unsafe extern "C" fn signal_stub() {
     std::arch::naked_asm!(
@@ -182,6 +183,8 @@ unsafe extern "C" fn signal_stub() {
         "mov [rip + {user_gs}], rax",
         "mov rax, [rip + {host_fs}]",
         "wrfsbase rax",
+        "push 0x202",
+        "popfq",
         "sub rsp, 8",
         "call {handler}",
         "add rsp, 8",
@@ -304,7 +307,7 @@ unsafe fn load(channel: &Channel, index: usize, uc: &mut libc::ucontext_t) {
 /// Takes the frame and the memory regions down as the outcome.
 unsafe fn record(out: &mut Outcome, signal: i32, uc: &libc::ucontext_t) {
     let g = &uc.uc_mcontext.gregs;
-    out.end = if signal == libc::SIGALRM { End::Hang } else { End::Exception };
+    out.end = if matches!(signal, libc::SIGALRM | libc::SIGSYS) { End::Hang } else { End::Exception };
     out.vector = g[libc::REG_TRAPNO as usize] as u32;
     out.error = if matches!(out.vector, 8 | 10..=14 | 17) { g[libc::REG_ERR as usize] as u64 } else { 0 };
     out.cr2 = if out.vector == 14 { g[libc::REG_CR2 as usize] as u64 } else { 0 };
@@ -322,6 +325,29 @@ unsafe fn record(out: &mut Outcome, signal: i32, uc: &libc::ucontext_t) {
         for (la, at, len) in layout::WRITABLE {
             std::ptr::copy_nonoverlapping(la as *const u8, out.memory.as_mut_ptr().add(at as usize), len as usize);
         }
+    }
+}
+
+/// Makes system calls from addresses below 1 GiB raise SIGSYS: no sequence contains one, but one that returns to a
+/// wrong address may run into the bytes of one.
+unsafe fn forbid_system_calls() -> bool {
+    let load = |offset: u32| libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: offset };
+    let jump = |code: u16, k: u32, jt: u8, jf: u8| libc::sock_filter { code, jt, jf, k };
+    let answer = |k: u32| libc::sock_filter { code: 0x06, jt: 0, jf: 0, k };
+    let program = [
+        // The instruction pointer lies at offset 8 of `seccomp_data`; high half first.
+        load(12),
+        jump(0x15, 0, 0, 2),
+        load(8),
+        jump(0x35, 0x4000_0000, 0, 1),
+        answer(libc::SECCOMP_RET_ALLOW),
+        answer(libc::SECCOMP_RET_TRAP),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the filter is a valid program that outlives the call.
+    unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter) == 0
     }
 }
 
@@ -374,7 +400,7 @@ unsafe fn child_main(channel: *mut Channel, code_fd: i32, socket: i32, parent: u
         std::arch::asm!("rdfsbase {}", out(reg) *(&raw mut HOST_FS), options(nostack));
         (*(&raw mut STATE)).channel = channel;
         let mut ok = stack != libc::MAP_FAILED && libc::sigaltstack(&alt, std::ptr::null_mut()) == 0;
-        let signals = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGALRM];
+        let signals = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGALRM, libc::SIGSYS];
         for s in signals {
             ok &= libc::sigaction(s, &action, std::ptr::null_mut()) == 0;
         }
@@ -384,7 +410,7 @@ unsafe fn child_main(channel: *mut Channel, code_fd: i32, socket: i32, parent: u
         let period = libc::timeval { tv_sec: 0, tv_usec: TICK_US };
         let timer = libc::itimerval { it_interval: period, it_value: period };
         ok &= libc::syscall(libc::SYS_setitimer, libc::ITIMER_REAL, &raw const timer, 0) == 0;
-        if !ok {
+        if !ok || !forbid_system_calls() {
             libc::_exit(5);
         }
         let mut byte = 0u8;
