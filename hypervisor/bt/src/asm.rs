@@ -142,11 +142,6 @@ impl Asm {
         l
     }
 
-    /// Position of a bound label.
-    pub(crate) fn at(&self, l: Label) -> u32 {
-        self.labels[l.0 as usize]
-    }
-
     /// Resolves all jumps between labels of this buffer, given the distance by which the cold part is moved further away
     /// from the hot part than it is here.
     pub(crate) fn resolve(&mut self, moved: i64) {
@@ -361,12 +356,6 @@ impl Asm {
         let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 2;
         let b2 = 0x80 | ((!count.0 & 15) << 3) | 2;
         self.b(&[0xc4, b1, b2, 0xf7, 0xc0 | (d.low() << 3) | s.low()]);
-    }
-
-    /// `rorx d, s, imm` (64-bit).
-    pub(crate) fn rorx(&mut self, d: H, s: H, imm: u8) {
-        let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 3;
-        self.b(&[0xc4, b1, 0xfb, 0xf0, 0xc0 | (d.low() << 3) | s.low(), imm]);
     }
 
     /// Clobbers flags.

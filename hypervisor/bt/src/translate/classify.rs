@@ -177,13 +177,6 @@ fn compute(code: Code) -> Class {
         M::Syscall => return Class::Syscall,
         M::Sysretq => return Class::Sysretq,
         M::Iretq => return Class::Iretq,
-        M::Cld => return Class::Cld,
-        M::Std => return Class::Std,
-        M::Movsb | M::Movsq | M::Stosb | M::Stosd | M::Stosq | M::Lodsb | M::Lodsd | M::Lodsq => return Class::String,
-        M::Movsd if code == Code::Movsd_m32_m32 => return Class::String,
-        M::Syscall => return Class::Syscall,
-        M::Sysretq => return Class::Sysretq,
-        M::Iretq => return Class::Iretq,
         M::Bt | M::Bts | M::Btr | M::Btc => return Class::BitTest,
         M::Push => {
             return match info.op_kind(0) {
