@@ -24,8 +24,7 @@ pub struct Catalog {
 pub fn catalog() -> &'static Catalog {
     static CATALOG: OnceLock<Catalog> = OnceLock::new();
     CATALOG.get_or_init(|| {
-        let mut c =
-            Catalog { covered: Vec::new(), integer: Vec::new(), excluded: BTreeMap::new(), out_of_scope: 0 };
+        let mut c = Catalog { covered: Vec::new(), integer: Vec::new(), excluded: BTreeMap::new(), out_of_scope: 0 };
         for code in Code::values() {
             if !in_scope(code) {
                 c.out_of_scope += 1;
@@ -77,12 +76,16 @@ fn exclusion(code: Code) -> Option<&'static str> {
         M::Lss | M::Lfs | M::Lgs => "its result depends on the host kernel's descriptor tables",
         M::Xbegin | M::Xend | M::Xabort | M::Xtest => "transactional memory is not offered to guests",
         M::Vmcall | M::Vmmcall | M::Vmfunc => "it would call the hypervisor under the host",
-        M::Getsec | M::Encls | M::Enclu | M::Enclv | M::Pconfig => "safer-mode and enclave leaves are not offered to guests",
+        M::Getsec | M::Encls | M::Enclu | M::Enclv | M::Pconfig => {
+            "safer-mode and enclave leaves are not offered to guests"
+        }
         M::Xsaves | M::Xrstors | M::Xsaves64 | M::Xrstors64 => "supervisor state save is not offered to guests",
         M::Call | M::Jmp if kinds.iter().any(|k| matches!(k, K::mem)) && is_far(code) => {
             "far transfers through memory are covered by system-level tests"
         }
-        M::Retf if code != Code::Retfq => "far returns outside the directed iretq and retfq forms are covered by system-level tests",
+        M::Retf if code != Code::Retfq => {
+            "far returns outside the directed iretq and retfq forms are covered by system-level tests"
+        }
         M::Iret | M::Iretd => "it returns with 16-bit or 32-bit stack slots; system-level tests cover it",
         M::Mov | M::Pop if kinds.first().is_some_and(|k| matches!(k, K::seg_reg | K::fs | K::gs)) => {
             "it loads segment registers from the host kernel's descriptor tables"
@@ -106,12 +109,7 @@ fn exclusion(code: Code) -> Option<&'static str> {
 fn is_far(code: Code) -> bool {
     matches!(
         code,
-        Code::Call_m1616
-            | Code::Call_m1632
-            | Code::Call_m1664
-            | Code::Jmp_m1616
-            | Code::Jmp_m1632
-            | Code::Jmp_m1664
+        Code::Call_m1616 | Code::Call_m1632 | Code::Call_m1664 | Code::Jmp_m1616 | Code::Jmp_m1632 | Code::Jmp_m1664
     )
 }
 

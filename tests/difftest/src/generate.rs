@@ -1,6 +1,6 @@
 //! Random sequences.
 //!
-//! A sequence is made of pieces: single instructions of any covered form, and small arrangements ([`crate::templates`])
+//! A sequence is made of pieces: single instructions of any covered form, and small arrangements (`templates`)
 //! around what a translator gets wrong (flags across memory accesses, stack operations, indirect branches, loops, state
 //! images). The builder keeps track of the register values it knows, so that most memory operands hit the data
 //! region whatever registers they go through, and the rest fault in interesting ways.
@@ -45,6 +45,8 @@ pub(crate) struct Builder {
     pub(crate) base: u64,
     /// Registers that must not be written just now (a loop counter).
     pub(crate) reserved: u16,
+    /// First and last item of every loop; the first sets the counter.
+    pub(crate) loops: Vec<(usize, usize)>,
     info: InstructionInfoFactory,
 }
 
@@ -77,6 +79,7 @@ fn attempt(rng: &mut Rng, seed: u64, index: u64) -> Option<Case> {
         gs_base: regs.gs_base,
         base,
         reserved: 0,
+        loops: Vec::new(),
         info: InstructionInfoFactory::new(),
     };
     // Every covered form gets its turn.
@@ -104,6 +107,7 @@ fn attempt(rng: &mut Rng, seed: u64, index: u64) -> Option<Case> {
     }
     let end = if b.rng.percent(50) { Code::Ud2 } else { Code::Int3 };
     b.push(Instruction::with(end));
+    b.tame_branches();
     let encoded = b.sequence.encode(base);
     let image = b.rng.below(layout::IMAGES as u64);
     *rng = b.rng;
@@ -117,10 +121,13 @@ impl Case {
         Some(Self { sequence, encoded, ..self.clone() })
     }
 
-    /// The bytes that go to offset [`Self::offset`] of the slot (what does not fit is cut: it is not mapped).
-    pub fn code(&self) -> &[u8] {
-        let room = layout::SLOT_BYTES as usize - self.offset;
-        &self.encoded.bytes[..self.encoded.bytes.len().min(room)]
+    /// The content of the slot: the code at its offset (what does not fit is cut: it is not mapped) among breakpoints.
+    pub fn code(&self) -> Vec<u8> {
+        let mut slot = vec![0xcc; layout::SLOT_BYTES as usize];
+        let room = slot.len() - self.offset;
+        let bytes = &self.encoded.bytes[..self.encoded.bytes.len().min(room)];
+        slot[self.offset..self.offset + bytes.len()].copy_from_slice(bytes);
+        slot
     }
 
     /// The item whose code contains or begins at `rip`.
@@ -148,6 +155,20 @@ impl Builder {
     pub(crate) fn push_to(&mut self, i: Instruction, target: Target) {
         self.forget(&i);
         self.sequence.push_to(i, target);
+    }
+
+    /// Lets branches past the end lead to the end marker, and branches into a loop from before it to the instruction that
+    /// sets its counter.
+    fn tame_branches(&mut self) {
+        let loops = std::mem::take(&mut self.loops);
+        let last = self.sequence.items.len() - 1;
+        for (n, item) in self.sequence.items.iter_mut().enumerate() {
+            let Some(Item { target: Target::Branch(t) | Target::Immediate(t), .. }) = item else { continue };
+            if let Some((start, _)) = loops.iter().find(|(start, end)| n < *start && (start + 1..=*end).contains(t)) {
+                *t = *start;
+            }
+            *t = (*t).min(last);
+        }
     }
 
     fn forget(&mut self, i: &Instruction) {
@@ -180,7 +201,9 @@ impl Builder {
     /// A register that is known to point into data or stack; one is made when there is none.
     pub(crate) fn known_pointer(&mut self) -> Option<usize> {
         let good: Vec<usize> = (0..16)
-            .filter(|&n| self.known[n].is_some_and(|v| (layout::DATA..layout::STACK + layout::STACK_BYTES).contains(&v)))
+            .filter(|&n| {
+                self.known[n].is_some_and(|v| (layout::DATA..layout::STACK + layout::STACK_BYTES).contains(&v))
+            })
             .collect();
         if good.len() > 1 || (good.len() == 1 && good[0] != 4) {
             return Some(self.rng.pick(&good));
@@ -283,7 +306,10 @@ fn fill_fpu(rng: &mut Rng, fpu: &mut [u8; FPU_BYTES]) {
             2 => (1 << 63 | rng.next_u64(), rng.next_u64() as u16),
             3 => (rng.pick(&[1 << 63, 3 << 62, 1 << 63 | 1]), rng.pick(&[0x7fff, 0xffff, 0])),
             4 => (rng.next_u64() >> 1, 0),
-            _ => (1 << 63 | rng.next_u64() & !0xfff, 0x3fff - 40 + rng.below(80) as u16 | (rng.next_u64() as u16 & 0x8000)),
+            _ => (
+                1 << 63 | rng.next_u64() & !0xfff,
+                (0x3fff - 40 + rng.below(80) as u16) | (rng.next_u64() as u16 & 0x8000),
+            ),
         };
         fpu[32 + 16 * st..40 + 16 * st].copy_from_slice(&significand.to_le_bytes());
         fpu[40 + 16 * st..42 + 16 * st].copy_from_slice(&exponent.to_le_bytes());

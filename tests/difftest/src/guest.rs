@@ -107,10 +107,12 @@ impl Guest {
         let progress = Arc::new(AtomicU64::new(1));
         let watchdog = {
             let (kick, bus, progress) = (vcpu.kick_handle(), bus.clone(), progress.clone());
-            std::thread::spawn(move || watch(&progress, || {
-                bus.stopping.store(true, Ordering::SeqCst);
-                kick.kick();
-            }))
+            std::thread::spawn(move || {
+                watch(&progress, || {
+                    bus.stopping.store(true, Ordering::SeqCst);
+                    kick.kick();
+                })
+            })
         };
         let images = (0..layout::IMAGES).map(layout::image).collect();
         let mut g = Self { memory, vcpu, bus, progress, images, watchdog: Some(watchdog) };
@@ -211,9 +213,9 @@ impl Runner for Guest {
         "engine"
     }
 
-    fn load_code(&mut self, slot: u64, offset: usize, code: &[u8]) {
+    fn load_code(&mut self, slot: u64, code: &[u8]) {
         let gpa = CODE + slot % layout::SLOTS * layout::SLOT_BYTES;
-        self.write(gpa + offset as u64, code).expect("the code window lies within guest RAM");
+        self.write(gpa, code).expect("the code window lies within guest RAM");
         self.vcpu.invalidate_ram(gpa, layout::SLOT_BYTES);
     }
 
@@ -326,8 +328,8 @@ fn kernel_state(st: &mut CpuState) {
     *st = CpuState::reset(0);
     st.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
     st.cr3 = PAGE_TABLES;
-    st.cr4 = cr4::DE
-        | cr4::PAE
+    // As Linux has it: CR4.DE is clear.
+    st.cr4 = cr4::PAE
         | cr4::PGE
         | cr4::OSFXSR
         | cr4::OSXMMEXCPT

@@ -22,7 +22,7 @@ pub mod state;
 mod templates;
 
 use generate::Case;
-use iced_x86::{Code, Formatter, IntelFormatter, Mnemonic};
+use iced_x86::{Code, CpuidFeature, Formatter, IntelFormatter, Mnemonic};
 use state::{End, Input, Outcome, Tolerance, first_difference};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -32,8 +32,8 @@ use std::io;
 pub trait Runner {
     /// For messages.
     fn name(&self) -> &'static str;
-    /// Puts code at an offset of a slot.
-    fn load_code(&mut self, slot: u64, offset: usize, code: &[u8]);
+    /// Fills a slot ([`layout::SLOT_BYTES`] bytes).
+    fn load_code(&mut self, slot: u64, code: &[u8]);
     /// Runs one sequence per input, in order.
     ///
     /// # Errors
@@ -52,7 +52,7 @@ pub struct Config {
     pub count: u64,
     /// Stops after so many differences.
     pub max_differences: usize,
-    /// Status flags may differ when a memory access faults.
+    /// Status flags may differ at a fault of an instruction that computes (not at #UD or a trap).
     pub relaxed_fault_flags: bool,
     /// Compare the x87 instruction and data pointers too.
     pub x87_pointers: bool,
@@ -162,8 +162,9 @@ impl<'a> Tester<'a> {
         let inputs: Vec<Input> = cases.iter().map(|c| (*c.input).clone()).collect();
         // Both see the whole batch, and so the same bytes where a wild jump leads.
         for c in cases {
-            self.native.load_code(c.slot, c.offset, c.code());
-            self.engine.load_code(c.slot, c.offset, c.code());
+            let code = c.code();
+            self.native.load_code(c.slot, &code);
+            self.engine.load_code(c.slot, &code);
         }
         self.native.run(&inputs, &mut self.expected[..cases.len()])?;
         for (n, case) in cases.iter().enumerate() {
@@ -196,12 +197,25 @@ impl<'a> Tester<'a> {
 
     /// What may differ, given how the native run ended.
     fn tolerance(&self, case: &Case, native: &Outcome) -> Tolerance {
-        let fault = matches!(native.vector, 12..=14);
-        let at = case.item_at(native.regs.rip).map(|i| i.instruction.mnemonic());
-        // Which elements of a gather or scatter are done when one faults is the implementation's choice (SDM vol. 2, VGATHERDPS).
-        let partial = at.is_some_and(is_gather_or_scatter) && matches!(native.vector, 12..=14);
-        let flags = if fault && self.config.relaxed_fault_flags { paravane_cpu::state::rflags::STATUS } else { 0 };
-        Tolerance { flags, partial_vector: partial, x87_pointers: self.config.x87_pointers }
+        let Config { relaxed_fault_flags, x87_pointers, .. } = self.config;
+        let mut t = Tolerance { x87_pointers, ..Tolerance::default() };
+        if relaxed_fault_flags && !matches!(native.vector, 1 | 3 | 4 | 6) {
+            t.flags = paravane_cpu::state::rflags::STATUS;
+        }
+        if matches!(native.vector, 12..=14)
+            && let Some(item) = case.item_at(native.regs.rip)
+        {
+            let i = &item.instruction;
+            // Which elements of a gather or scatter are done, and which of several faults is raised, is the
+            // implementation's choice (SDM vol. 2, VPGATHERDD).
+            t.partial_vector = is_gather_or_scatter(i.mnemonic());
+            // A faulting MMX instruction may or may not have set TOP and the tags (SDM vol. 1, section 9.5.1, leaves it open),
+            // and a faulting store of VCVTPS2PH may or may not have set MXCSR's exception flags.
+            t.mmx_transition = i.code().cpuid_features().contains(&CpuidFeature::MMX)
+                || (0..i.op_count()).any(|n| i.op_register(n).is_mm());
+            t.mxcsr_flags = i.mnemonic() == Mnemonic::Vcvtps2ph;
+        }
+        t
     }
 
     /// Whether the host itself gives different results for this sequence.
@@ -209,7 +223,7 @@ impl<'a> Tester<'a> {
         let mut a = Outcome::new();
         let mut b = Outcome::new();
         for out in [&mut a, &mut b] {
-            self.native.load_code(case.slot, case.offset, case.code());
+            self.native.load_code(case.slot, &case.code());
             self.native.run(std::slice::from_ref(&*case.input), std::slice::from_mut(out))?;
         }
         Ok(first_difference(&a, &b, self.tolerance(case, &a)).is_some())
@@ -220,12 +234,12 @@ impl<'a> Tester<'a> {
         let mut a = Outcome::new();
         let mut b = Outcome::new();
         let input = std::slice::from_ref(&*case.input);
-        self.native.load_code(case.slot, case.offset, case.code());
+        self.native.load_code(case.slot, &case.code());
         self.native.run(input, std::slice::from_mut(&mut *a))?;
         if a.end != End::Exception {
             return Ok(None);
         }
-        self.engine.load_code(case.slot, case.offset, case.code());
+        self.engine.load_code(case.slot, &case.code());
         self.engine.run(input, std::slice::from_mut(&mut *b))?;
         Ok(first_difference(&a, &b, self.tolerance(case, &a)))
     }

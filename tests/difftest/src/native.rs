@@ -118,9 +118,9 @@ impl Runner for Native {
         "native"
     }
 
-    fn load_code(&mut self, slot: u64, offset: usize, code: &[u8]) {
+    fn load_code(&mut self, slot: u64, code: &[u8]) {
         let at = (slot % layout::SLOTS * layout::SLOT_BYTES) as usize;
-        self.code.write(at + offset, code);
+        self.code.write(at, code);
     }
 
     fn run(&mut self, inputs: &[Input], outcomes: &mut [Outcome]) -> io::Result<()> {
@@ -224,7 +224,8 @@ unsafe extern "C" fn on_signal(signal: i32, _info: *mut libc::siginfo_t, context
     // SAFETY: the process has one thread and the signals are blocked while their handler runs, so these are the only
     // references. The kernel hands out a valid context whose `fpregs` points at an XSAVE image.
     unsafe {
-        let st = &mut *(&raw mut STATE);
+        let st = &raw mut STATE;
+        let st = &mut *st;
         let uc = &mut *context;
         let fpu = uc.uc_mcontext.fpregs.cast::<u8>();
         let channel = &mut *st.channel;
@@ -258,8 +259,8 @@ unsafe extern "C" fn on_signal(signal: i32, _info: *mut libc::siginfo_t, context
             uc.uc_mcontext.gregs = st.saved_gregs;
             uc.uc_mcontext.gregs[libc::REG_RIP as usize] += 2;
             std::ptr::copy_nonoverlapping(st.saved_fpu.as_ptr(), fpu, frame_bytes(fpu));
-            *(&raw mut USER_FS) = *(&raw const HOST_FS);
-            *(&raw mut USER_GS) = 0;
+            USER_FS = HOST_FS;
+            USER_GS = 0;
         }
     }
 }
@@ -299,8 +300,8 @@ unsafe fn load(channel: &Channel, index: usize, uc: &mut libc::ucontext_t) {
             bv.write_unaligned((bv.read_unaligned() & !FPU_MASK) | (ours & FPU_MASK & host_components()));
             std::ptr::copy_nonoverlapping(regs.fpu.as_ptr().add(576), fpu.add(576), len - 576);
         }
-        *(&raw mut USER_FS) = regs.fs_base;
-        *(&raw mut USER_GS) = regs.gs_base;
+        USER_FS = regs.fs_base;
+        USER_GS = regs.gs_base;
     }
 }
 
@@ -318,8 +319,8 @@ unsafe fn record(out: &mut Outcome, signal: i32, uc: &libc::ucontext_t) {
     out.regs.rflags = g[libc::REG_EFL as usize] as u64;
     // SAFETY: as in `load`.
     unsafe {
-        out.regs.fs_base = *(&raw const USER_FS);
-        out.regs.gs_base = *(&raw const USER_GS);
+        out.regs.fs_base = USER_FS;
+        out.regs.gs_base = USER_GS;
         let fpu = uc.uc_mcontext.fpregs.cast::<u8>();
         std::ptr::copy_nonoverlapping(fpu, out.regs.fpu.as_mut_ptr(), frame_bytes(fpu));
         for (la, at, len) in layout::WRITABLE {
@@ -397,10 +398,11 @@ unsafe fn child_main(channel: *mut Channel, code_fd: i32, socket: i32, parent: u
         action.sa_sigaction = signal_stub as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         libc::sigfillset(&mut action.sa_mask);
-        std::arch::asm!("rdfsbase {}", out(reg) *(&raw mut HOST_FS), options(nostack));
-        (*(&raw mut STATE)).channel = channel;
+        std::arch::asm!("rdfsbase {}", out(reg) HOST_FS, options(nostack));
+        STATE.channel = channel;
         let mut ok = stack != libc::MAP_FAILED && libc::sigaltstack(&alt, std::ptr::null_mut()) == 0;
-        let signals = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGALRM, libc::SIGSYS];
+        let signals =
+            [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGALRM, libc::SIGSYS];
         for s in signals {
             ok &= libc::sigaction(s, &action, std::ptr::null_mut()) == 0;
         }

@@ -2,9 +2,7 @@
 
 use crate::generate::Builder;
 use crate::layout::{self, PAGE};
-use iced_x86::{
-    Code, EncodingKind, Instruction, OpCodeOperandKind as K, OpKind, Register, RoundingControl,
-};
+use iced_x86::{Code, EncodingKind, Instruction, OpCodeOperandKind as K, OpKind, Register, RoundingControl};
 
 /// What an instruction's memory operand asks for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,10 +28,8 @@ impl Builder {
             && info.can_use_lock_prefix()
             && kinds.first().is_some_and(|&k| is_mem(k) || is_or_mem(k))
             && self.rng.percent(20);
-        let implicit_lock = matches!(
-            code,
-            Code::Xchg_rm8_r8 | Code::Xchg_rm16_r16 | Code::Xchg_rm32_r32 | Code::Xchg_rm64_r64
-        );
+        let implicit_lock =
+            matches!(code, Code::Xchg_rm8_r8 | Code::Xchg_rm16_r16 | Code::Xchg_rm32_r32 | Code::Xchg_rm64_r64);
         let wish = MemWish { aligned: lock || implicit_lock, safe: false };
         // One address size for the implied operands of string instructions.
         let narrow = self.rng.percent(8);
@@ -264,11 +260,8 @@ impl Builder {
             }
             89..=93 => {
                 // Through FS or GS, whose bases are known.
-                let (seg, base) = if self.rng.percent(50) {
-                    (Register::FS, self.fs_base)
-                } else {
-                    (Register::GS, self.gs_base)
-                };
+                let (seg, base) =
+                    if self.rng.percent(50) { (Register::FS, self.fs_base) } else { (Register::GS, self.gs_base) };
                 i.set_segment_prefix(seg);
                 let Some(index) = self.known_register() else { return };
                 let value = self.known[index].unwrap_or(0);

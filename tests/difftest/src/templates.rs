@@ -56,7 +56,8 @@ impl Builder {
                 }
             }
             M::Enter => {
-                let (size, level) = (self.rng.below(0x80) as i32, self.rng.below(if self.rng.clone().percent(50) { 1 } else { 5 }));
+                let (size, level) =
+                    (self.rng.below(0x80) as i32, self.rng.below(if self.rng.clone().percent(50) { 1 } else { 5 }));
                 self.push(Instruction::with2(code, size, level as i32).expect("two immediates"));
             }
             M::Leave if self.rng.percent(80) => {
@@ -66,9 +67,9 @@ impl Builder {
                     self.generic(code);
                 }
             }
-            _ if kinds.iter().any(|k| {
-                matches!(k, iced_x86::OpCodeOperandKind::br64_1 | iced_x86::OpCodeOperandKind::br64_4)
-            }) =>
+            _ if kinds
+                .iter()
+                .any(|k| matches!(k, iced_x86::OpCodeOperandKind::br64_1 | iced_x86::OpCodeOperandKind::br64_4)) =>
             {
                 self.forward_branch(code);
             }
@@ -130,7 +131,8 @@ impl Builder {
             6 => self.call_and_return(),
             7 => self.repeated_string(),
             8 => {
-                let code = self.rng.pick(&[Code::Div_rm8, Code::Div_rm32, Code::Div_rm64, Code::Idiv_rm16, Code::Idiv_rm64]);
+                let code =
+                    self.rng.pick(&[Code::Div_rm8, Code::Div_rm32, Code::Div_rm64, Code::Idiv_rm16, Code::Idiv_rm64]);
                 self.place(code);
             }
             _ => {
@@ -280,7 +282,7 @@ impl Builder {
             self.push(Instruction::with1(Code::Dec_rm64, gpr64(counter)).expect("a register"));
             self.push_to(Instruction::with_branch(Code::Jne_rel32_64, 0).expect("a branch"), Target::Branch(top));
         }
-        // Registers that the body changes differ from turn to turn.
+        self.loops.push((top - 1, self.sequence.items.len() - 1));
         self.known[counter] = None;
     }
 
@@ -472,10 +474,9 @@ impl Builder {
             self.push(Instruction::with2(Code::Pcmpeqd_xmm_xmmm128, x, x).expect("registers"));
             if crate::state::component(2).is_some() {
                 let y = Register::YMM0;
-                self.push(Instruction::with3(Code::VEX_Vcmpps_ymm_ymm_ymmm256_imm8, y, y, y).map_or_else(
-                    |_| Instruction::with(Code::Nopd),
-                    |i| i,
-                ));
+                // Predicate 15: always true.
+                let i = Instruction::with4(Code::VEX_Vcmpps_ymm_ymm_ymmm256_imm8, y, y, y, 15);
+                self.push(i.expect("registers"));
             }
         }
     }
