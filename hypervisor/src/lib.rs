@@ -1,9 +1,16 @@
 //! Paravane: a paravirtualization-aware hypervisor for x86-64.
 //!
-//! Read [`vm`] first: it puts a machine together from memory, the [`chipset`] and vCPUs of an [`engine`].
+//! Read [`vm`] first: it puts a machine together from [`memory`], the [`chipset`] and the vCPUs of an [`engine`], has the
+//! [`loader`] place a kernel, and runs it.
 
+pub mod acpi;
 pub mod chipset;
+pub mod config;
 pub mod devices;
+pub mod engine;
+pub mod loader;
 pub mod memory;
+pub mod terminal;
 pub mod timer;
 pub mod tsc;
+pub mod vm;

@@ -16,7 +16,9 @@ use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// Guest RAM, shared between vCPUs and devices.
 pub type GuestRam = Arc<GuestMemoryMmap<()>>;
@@ -123,6 +125,11 @@ fn region(file: &Arc<File>, gpa: u64, offset: u64, bytes: u64) -> Result<GuestRe
     // SAFETY: the range is a mapping of ours; the advice changes no contents. A kernel without huge pages refuses, which is fine.
     unsafe { libc::madvise(mapped.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
     GuestRegionMmap::new(mapped, GuestAddress(gpa)).ok_or_else(|| MemoryError::Layout("address overflow".into()))
+}
+
+/// The guest-physical ranges of RAM: (start, length).
+pub fn ranges(mem: &GuestRam) -> Vec<(u64, u64)> {
+    mem.iter().map(|r| (r.start_addr().raw_value(), r.len())).collect()
 }
 
 #[cfg(test)]

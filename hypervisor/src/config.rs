@@ -1,0 +1,147 @@
+//! What a user can ask for, checked in one place.
+
+use crate::engine::EngineKind;
+use std::path::PathBuf;
+
+/// Least guest memory: below it no kernel has room for its boot data.
+pub const MIN_MEMORY: u64 = 4 << 20;
+/// Most guest memory: what 40 address bits reach, less the device hole.
+pub const MAX_MEMORY: u64 = 1 << 39;
+
+/// Where COM1 goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// This terminal, or whatever standard input and output are.
+    Stdio,
+    /// Output to a file; no input.
+    File(PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+/// A machine to run.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Engine.
+    pub engine: EngineKind,
+    /// COM1.
+    pub serial: SerialConfig,
+    /// QEMU-compatible debug exit at port 0xf4.
+    pub debug_exit: bool,
+    /// Print counters at the end.
+    pub stats: bool,
+}
+
+/// An option that makes no sense.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// A size that cannot be read.
+    #[error("\"{0}\" is no memory size; write a whole number of MiB with K, M or G behind it, such as 512M")]
+    Size(String),
+    /// Memory out of bounds.
+    #[error("a guest cannot have {0} bytes of memory; give it from 4M to 512G")]
+    Memory(u64),
+    /// A number of vCPUs that does not work yet.
+    #[error("binary translation runs one vCPU in this version; leave --cpus at 1")]
+    Cpus,
+    /// An engine that does not exist.
+    #[error("\"{0}\" is no engine; use auto, bt or kvm")]
+    Engine(String),
+    /// A serial target that does not exist.
+    #[error("\"{0}\" is no place for the serial port; use stdio, null or file=PATH")]
+    Serial(String),
+}
+
+impl VmConfig {
+    /// Checks what depends on several options.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) {
+            return Err(ConfigError::Memory(self.memory));
+        }
+        if self.cpus != 1 {
+            return Err(ConfigError::Cpus);
+        }
+        Ok(())
+    }
+}
+
+/// Reads a size: a number with an optional K, M or G (powers of 1024), a whole number of MiB.
+///
+/// # Errors
+/// When it is none.
+pub fn parse_size(text: &str) -> Result<u64, ConfigError> {
+    let error = || ConfigError::Size(text.to_owned());
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'm' | 'M')) => (&text[..at], 20),
+        Some((at, 'g' | 'G')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let n: u64 = digits.parse().map_err(|_| error())?;
+    let bytes = n.checked_mul(1 << shift).ok_or_else(error)?;
+    if bytes % (1 << 20) != 0 {
+        return Err(error());
+    }
+    Ok(bytes)
+}
+
+/// Reads the name of an engine.
+///
+/// # Errors
+/// When there is none of that name.
+pub fn parse_engine(text: &str) -> Result<EngineKind, ConfigError> {
+    match text {
+        "auto" => Ok(EngineKind::Auto),
+        "bt" => Ok(EngineKind::Bt),
+        "kvm" => Ok(EngineKind::Kvm),
+        _ => Err(ConfigError::Engine(text.to_owned())),
+    }
+}
+
+/// Reads where the serial port goes.
+///
+/// # Errors
+/// When it is none of the known places.
+pub fn parse_serial(text: &str) -> Result<SerialConfig, ConfigError> {
+    match (text, text.strip_prefix("file=")) {
+        ("stdio", _) => Ok(SerialConfig::Stdio),
+        ("null", _) => Ok(SerialConfig::Null),
+        (_, Some(path)) if !path.is_empty() => Ok(SerialConfig::File(path.into())),
+        _ => Err(ConfigError::Serial(text.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("2g"), Ok(2 << 30));
+        assert_eq!(parse_size("2097152"), Ok(2 << 20));
+        for bad in ["", "M", "12X", "-1M", "1.5G", "99999999999G", "1000"] {
+            assert_eq!(parse_size(bad), Err(ConfigError::Size(bad.into())));
+        }
+    }
+
+    #[test]
+    fn words() {
+        assert_eq!(parse_serial("file=/x"), Ok(SerialConfig::File("/x".into())));
+        assert!(parse_serial("file=").is_err() && parse_serial("tty").is_err());
+        assert!(parse_engine("tcg").is_err());
+    }
+}

@@ -1,0 +1,48 @@
+//! Binary translation behind the seam.
+
+use super::{EngineError, MachineInfo, Vcpu};
+use crate::devices::control::Kick;
+use crate::memory::GuestRam;
+use paravane_bt::{BtConfig, BtKick, BtVcpu};
+use paravane_cpu::{Bus, CpuState, VcpuExit};
+use std::sync::Arc;
+
+/// Bound of a vCPU's translation cache.
+const CACHE_BYTES: usize = 128 << 20;
+
+pub(super) struct BtEngine(BtVcpu);
+
+struct Kicker(BtKick);
+
+impl Kick for Kicker {
+    fn kick(&self) {
+        self.0.kick();
+    }
+}
+
+impl BtEngine {
+    pub(super) fn new(id: u32, mem: GuestRam, bus: Arc<dyn Bus>, info: &MachineInfo) -> Result<Self, EngineError> {
+        let cfg = BtConfig {
+            cache_bytes: CACHE_BYTES,
+            cpus: info.cpus,
+            tsc_khz: info.tsc_khz,
+            apic_hz: info.apic_hz,
+        };
+        Ok(Self(BtVcpu::new(id, mem, bus, cfg)?))
+    }
+}
+
+impl Vcpu for BtEngine {
+    fn state_mut(&mut self) -> &mut CpuState {
+        self.0.state_mut()
+    }
+    fn run(&mut self) -> Result<VcpuExit, EngineError> {
+        Ok(self.0.run()?)
+    }
+    fn kick(&self) -> Arc<dyn Kick> {
+        Arc::new(Kicker(self.0.kick_handle()))
+    }
+    fn counters(&self) -> Vec<(String, u64)> {
+        self.0.stats()
+    }
+}

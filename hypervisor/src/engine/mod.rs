@@ -1,0 +1,87 @@
+//! The seam between the machine and what runs its vCPUs.
+//!
+//! An engine runs guest code and calls the machine's [`paravane_cpu::Bus`] for everything outside the vCPU; it comes back only when the
+//! vCPU stops or policy must decide ([`VcpuExit`]). Guest faults never surface here.
+
+mod bt;
+
+use crate::devices::control::Kick;
+use crate::memory::GuestRam;
+use paravane_cpu::{Bus, CpuState, VcpuExit};
+use std::sync::Arc;
+
+/// Which engine a user asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EngineKind {
+    /// Whichever fits this host.
+    Auto,
+    /// Hardware assist through KVM.
+    Kvm,
+    /// Binary translation.
+    Bt,
+}
+
+/// One vCPU of an engine.
+pub trait Vcpu: Send {
+    /// The architectural state, to be set before the first run.
+    fn state_mut(&mut self) -> &mut CpuState;
+    /// Runs until the vCPU stops or policy must decide.
+    ///
+    /// # Errors
+    /// When the host fails, never because of what the guest does.
+    fn run(&mut self) -> Result<VcpuExit, EngineError>;
+    /// Makes `run` look at the bus, from any thread.
+    fn kick(&self) -> Arc<dyn Kick>;
+    /// Named counters.
+    fn counters(&self) -> Vec<(String, u64)>;
+}
+
+/// A host problem of an engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// KVM was asked for.
+    #[error("this version has no KVM engine; use --engine bt, which needs no /dev/kvm")]
+    NoKvm,
+    /// Binary translation cannot work here.
+    #[error(transparent)]
+    Bt(#[from] paravane_bt::BtError),
+}
+
+/// What an engine is told about the machine.
+pub struct MachineInfo {
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// TSC frequency in kHz.
+    pub tsc_khz: u32,
+    /// Frequency of the local APIC timer in Hz.
+    pub apic_hz: u32,
+}
+
+/// Decides for an engine; gives the reason too, for the user to read.
+///
+/// # Errors
+/// When the user insists on one that this host or build does not have.
+pub fn choose(kind: EngineKind) -> Result<(EngineKind, &'static str), EngineError> {
+    match kind {
+        EngineKind::Auto => Ok((EngineKind::Bt, "binary translation is the only engine of this version")),
+        EngineKind::Bt => Ok((EngineKind::Bt, "asked for")),
+        EngineKind::Kvm => Err(EngineError::NoKvm),
+    }
+}
+
+/// Makes a vCPU of the chosen engine.
+///
+/// # Errors
+/// When the host cannot support it.
+pub fn make(
+    kind: EngineKind,
+    id: u32,
+    mem: GuestRam,
+    bus: Arc<dyn Bus>,
+    info: &MachineInfo,
+) -> Result<Box<dyn Vcpu>, EngineError> {
+    match kind {
+        EngineKind::Bt | EngineKind::Auto => Ok(Box::new(bt::BtEngine::new(id, mem, bus, info)?)),
+        EngineKind::Kvm => Err(EngineError::NoKvm),
+    }
+}

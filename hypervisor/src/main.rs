@@ -1,0 +1,92 @@
+//! The command line: parse, then call in.
+
+use clap::{Args, Parser, Subcommand};
+use paravane::config::{self, SerialConfig, VmConfig};
+use paravane::engine::EngineKind;
+use paravane::vm;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// A hypervisor that needs no root, no kernel module and no /dev/kvm.
+#[derive(Parser)]
+#[command(name = "paravane", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a kernel and run it until it powers off.
+    #[command(after_help = EXIT_CODES)]
+    Run(Run),
+}
+
+const EXIT_CODES: &str = "\
+In a terminal, Ctrl-A x stops the guest; Ctrl-A Ctrl-A sends Ctrl-A; every other key goes to the guest.
+
+Exit status:
+  0    the guest powered off, or you stopped it with Ctrl-A x
+  2    something about the command line, the kernel or the initrd is wrong
+  3    the host lacks something or failed
+  10   the guest reported a panic (through the pvpanic device)
+  11   the guest crashed by a triple fault
+  12   the guest asked for a reset
+  n    with --debug-exit: (value << 1) | 1 for a value written to port 0xf4
+  128+n  stopped by signal n (129 when the terminal was closed)
+
+Example:
+  paravane run --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0";
+
+#[derive(Args)]
+struct Run {
+    /// Kernel: a Linux bzImage, an ELF with a PVH note, or a multiboot1 image
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line; "console=ttyS0" makes Linux talk to the serial port
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    cmdline: String,
+    /// Guest memory, with K, M or G
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = config::parse_size)]
+    memory: u64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// Engine: auto, bt (binary translation) or kvm
+    #[arg(long, default_value = "auto", value_parser = config::parse_engine)]
+    engine: EngineKind,
+    /// Where the serial port goes: stdio, null or file=PATH
+    #[arg(long, default_value = "stdio", value_parser = config::parse_serial)]
+    serial: SerialConfig,
+    /// Let the guest end the run with a status through port 0xf4
+    #[arg(long)]
+    debug_exit: bool,
+    /// Print counters when the guest has stopped
+    #[arg(long)]
+    stats: bool,
+}
+
+fn main() -> ExitCode {
+    let Command::Run(r) = Cli::parse().command;
+    let cfg = VmConfig {
+        kernel: r.kernel,
+        initrd: r.initrd,
+        cmdline: r.cmdline,
+        memory: r.memory,
+        cpus: r.cpus,
+        engine: r.engine,
+        serial: r.serial,
+        debug_exit: r.debug_exit,
+        stats: r.stats,
+    };
+    match vm::run(&cfg) {
+        Ok(outcome) => ExitCode::from(outcome.status()),
+        Err(e) => {
+            eprintln!("paravane: {e}");
+            ExitCode::from(if e.is_usage() { 2 } else { 3 })
+        }
+    }
+}
