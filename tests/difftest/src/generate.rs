@@ -45,8 +45,8 @@ pub(crate) struct Builder {
     pub(crate) base: u64,
     /// Registers that must not be written just now (a loop counter).
     pub(crate) reserved: u16,
-    /// First and last item of every loop; the first sets the counter.
-    pub(crate) loops: Vec<(usize, usize)>,
+    /// First and last item of every group that must be entered at its first (loops, state images).
+    pub(crate) groups: Vec<(usize, usize)>,
     info: InstructionInfoFactory,
 }
 
@@ -79,7 +79,7 @@ fn attempt(rng: &mut Rng, seed: u64, index: u64) -> Option<Case> {
         gs_base: regs.gs_base,
         base,
         reserved: 0,
-        loops: Vec::new(),
+        groups: Vec::new(),
         info: InstructionInfoFactory::new(),
     };
     // Every covered form gets its turn.
@@ -157,14 +157,13 @@ impl Builder {
         self.sequence.push_to(i, target);
     }
 
-    /// Lets branches past the end lead to the end marker, and branches into a loop from before it to the instruction that
-    /// sets its counter.
+    /// Lets branches past the end lead to the end marker, and branches into a group from before it to its first instruction.
     fn tame_branches(&mut self) {
-        let loops = std::mem::take(&mut self.loops);
+        let groups = std::mem::take(&mut self.groups);
         let last = self.sequence.items.len() - 1;
         for (n, item) in self.sequence.items.iter_mut().enumerate() {
             let Some(Item { target: Target::Branch(t) | Target::Immediate(t), .. }) = item else { continue };
-            if let Some((start, _)) = loops.iter().find(|(start, end)| n < *start && (start + 1..=*end).contains(t)) {
+            if let Some((start, _)) = groups.iter().find(|(start, end)| n < *start && (start + 1..=*end).contains(t)) {
                 *t = *start;
             }
             *t = (*t).min(last);
@@ -266,6 +265,8 @@ fn registers(rng: &mut Rng, rip: u64) -> Regs {
     r.rip = rip;
     let status = rng.next_u64() & 0x8d5;
     r.rflags = 0x202 | status | if rng.percent(5) { 1 << 10 } else { 0 };
+    // ID and NT mean nothing to user code and must survive it.
+    r.rflags |= if rng.percent(20) { 1 << 21 } else { 0 } | if rng.percent(3) { 1 << 14 } else { 0 };
     r.fs_base = layout::DATA + rng.below(PAGE);
     r.gs_base = layout::DATA + rng.below(PAGE);
     fill_fpu(rng, &mut r.fpu);

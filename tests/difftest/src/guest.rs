@@ -178,9 +178,9 @@ impl Guest {
         out.vector = vector;
         out.error = if has_error { word(0) } else { 0 };
         out.cr2 = if vector == 14 { st.cr2 } else { 0 };
-        // Linux does not tell user space which of its own addresses are mapped: a fault in the upper half is always reported
-        // as a protection violation.
-        if vector == 14 && st.cr2 >> 47 != 0 {
+        // Linux does not tell user space which of its own addresses are mapped: a fault from the last user page upwards is
+        // always reported as a protection violation.
+        if vector == 14 && st.cr2 >= 0x7fff_ffff_f000 {
             out.error |= 1;
         }
         out.regs.rip = word(base);

@@ -138,7 +138,7 @@ fn print_report(report: &Report) {
         println!("{}", d.reproducer);
     }
     println!(
-        "{} sequences compared, {} skipped (endless), {} unsteady on the host, {} differences",
+        "{} sequences compared, {} skipped (endless, or TF or AC set), {} unsteady on the host, {} differences",
         report.compared,
         report.skipped,
         report.unsteady,
@@ -171,6 +171,7 @@ fn print_coverage() {
     );
     println!("  at a faulting gather or scatter: which elements are done, and which of several faults is raised");
     println!("  at a faulting MMX access: x87 TOP and tags; at a faulting VCVTPS2PH: MXCSR exception flags");
+    println!("  at a faulting FBSTP across pages: memory");
     println!("  page-fault error code bit 0 for upper-half addresses: Linux always reports it set");
     println!("out of scope:");
     println!("  not an instruction, not in 64-bit mode, or not on this host: {} forms", c.out_of_scope);

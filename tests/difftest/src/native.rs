@@ -172,8 +172,10 @@ static mut HOST_FS: u64 = 0;
 static mut USER_FS: u64 = 0;
 static mut USER_GS: u64 = 0;
 
-/// Entry of every signal: swaps the thread pointer in, clears ID and NT (which `rt_sigreturn` would carry over to the
-/// next sequence), calls [`on_signal`], swaps the bases back.
+/// ID and NT at the signal, and those to return with: `rt_sigreturn` leaves these two as they are.
+static mut USER_FLAGS: u64 = 0x202;
+
+/// Entry of every signal: swaps the thread pointer in, clears ID and NT, calls [`on_signal`], swaps bases and flags back.
 #[unsafe(naked)]
 unsafe extern "C" fn signal_stub() {
     std::arch::naked_asm!(
@@ -183,6 +185,8 @@ unsafe extern "C" fn signal_stub() {
         "mov [rip + {user_gs}], rax",
         "mov rax, [rip + {host_fs}]",
         "wrfsbase rax",
+        "pushfq",
+        "pop [rip + {user_flags}]",
         "push 0x202",
         "popfq",
         "sub rsp, 8",
@@ -192,7 +196,10 @@ unsafe extern "C" fn signal_stub() {
         "wrgsbase rax",
         "mov rax, [rip + {user_fs}]",
         "wrfsbase rax",
+        "push [rip + {user_flags}]",
+        "popfq",
         "ret",
+        user_flags = sym USER_FLAGS,
         user_fs = sym USER_FS,
         user_gs = sym USER_GS,
         host_fs = sym HOST_FS,
@@ -261,6 +268,7 @@ unsafe extern "C" fn on_signal(signal: i32, _info: *mut libc::siginfo_t, context
             std::ptr::copy_nonoverlapping(st.saved_fpu.as_ptr(), fpu, frame_bytes(fpu));
             USER_FS = HOST_FS;
             USER_GS = 0;
+            USER_FLAGS = 0x202;
         }
     }
 }
@@ -300,6 +308,8 @@ unsafe fn load(channel: &Channel, index: usize, uc: &mut libc::ucontext_t) {
             bv.write_unaligned((bv.read_unaligned() & !FPU_MASK) | (ours & FPU_MASK & host_components()));
             std::ptr::copy_nonoverlapping(regs.fpu.as_ptr().add(576), fpu.add(576), len - 576);
         }
+        // ID and NT.
+        USER_FLAGS = 0x202 | (regs.rflags & 0x20_4000);
         USER_FS = regs.fs_base;
         USER_GS = regs.gs_base;
     }

@@ -181,6 +181,8 @@ pub struct Tolerance {
     pub partial_vector: bool,
     /// The x87 top of stack and tags may differ (a faulting MMX instruction).
     pub mmx_transition: bool,
+    /// Memory may differ (a faulting store that is done in pieces).
+    pub partial_store: bool,
     /// MXCSR's exception flags may differ.
     pub mxcsr_flags: bool,
     /// The x87 instruction and data pointers and the last opcode are compared too.
@@ -234,7 +236,7 @@ pub fn first_difference(native: &Outcome, engine: &Outcome, tol: Tolerance) -> O
     {
         return Some(describe_fpu(at, &a, &b));
     }
-    if !tol.partial_vector
+    if !(tol.partial_vector || tol.partial_store)
         && let Some(at) = (0..layout::IMAGE_BYTES).find(|&i| native.memory[i] != engine.memory[i])
     {
         let end = (at + 8).min(layout::IMAGE_BYTES);

@@ -282,7 +282,7 @@ impl Builder {
             self.push(Instruction::with1(Code::Dec_rm64, gpr64(counter)).expect("a register"));
             self.push_to(Instruction::with_branch(Code::Jne_rel32_64, 0).expect("a branch"), Target::Branch(top));
         }
-        self.loops.push((top - 1, self.sequence.items.len() - 1));
+        self.groups.push((top - 1, self.sequence.items.len() - 1));
         self.known[counter] = None;
     }
 
@@ -412,6 +412,7 @@ impl Builder {
 
     /// Stores of x87 images: FNINIT first, so that the instruction pointer in them is zero.
     fn fpu_store(&mut self, code: Code) {
+        let start = self.sequence.items.len();
         self.push(Instruction::with(Code::Fninit));
         if self.rng.percent(50) {
             self.generic(Code::Fldcw_m2byte);
@@ -422,6 +423,7 @@ impl Builder {
             self.target_address(MemWish::default())
         };
         self.push(Instruction::with1(code, absolute(at)).expect("memory"));
+        self.groups.push((start, self.sequence.items.len() - 1));
     }
 
     /// Loads of x87 images: mostly of one that was stored before.
@@ -436,8 +438,10 @@ impl Builder {
             _ => Code::Fnsave_m108byte,
         };
         if self.rng.percent(80) {
+            let start = self.sequence.items.len();
             self.push(Instruction::with(Code::Fninit));
             self.push(Instruction::with1(store, absolute(at)).expect("memory"));
+            self.groups.push((start, start + 1));
             let filler = self.any_code();
             self.generic_plain(filler);
         }
@@ -447,6 +451,7 @@ impl Builder {
     /// Saves vector state with every component in use, so that no init optimisation shows.
     fn xsave(&mut self, code: Code) {
         let at = layout::DATA + self.rng.below(8) * 64;
+        let start = self.sequence.items.len();
         self.in_use();
         let mask = self.rng.pick(&[0xe6, 6, 2, 4, 0xe4]) & crate::state::host_components();
         if self.reserved & 5 != 0 {
@@ -456,6 +461,7 @@ impl Builder {
         self.set(2, 0);
         // XSAVE keeps the bytes of the header that it does not write; both sides start with the same.
         self.push(Instruction::with1(code, absolute(at)).expect("memory"));
+        self.groups.push((start, self.sequence.items.len() - 1));
     }
 
     /// Writes registers of every vector component, so that none is in its initial configuration.
