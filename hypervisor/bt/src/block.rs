@@ -39,8 +39,11 @@ impl Mode {
     const SAME_TSC: u32 = 1 << 14;
     /// CR4.SMAP.
     pub(crate) const SMAP: u32 = 1 << 15;
-    /// FS and GS have a 4 GiB limit (outside 64-bit mode).
-    pub(crate) const FLAT_FSGS: u32 = 1 << 16;
+    /// FS has a 4 GiB limit, whatever its base (outside 64-bit mode; set in it).
+    pub(crate) const FLAT_FS: u32 = 1 << 16;
+    /// The same of GS.
+    pub(crate) const FLAT_GS: u32 = 1 << 25;
+    const FLAT_FSGS: u32 = Self::FLAT_FS | Self::FLAT_GS;
     /// One instruction per block although TF is clear (an interrupt shadow runs out, or code that must not be kept).
     pub(crate) const SINGLE: u32 = 1 << 17;
     /// IA-32e mode, for the few instructions that differ between compatibility and legacy mode.
@@ -101,7 +104,7 @@ impl Mode {
             let s = st.segment(s);
             s.limit == u32::MAX && s.attr & (Segment::P | 0xe) == (Segment::P | 2)
         };
-        m |= flag(code64 || (fsgs(Seg::Fs) && fsgs(Seg::Gs)), Self::FLAT_FSGS);
+        m |= flag(code64 || fsgs(Seg::Fs), Self::FLAT_FS) | flag(code64 || fsgs(Seg::Gs), Self::FLAT_GS);
         m |= flag(st.cr0 & (cr0::EM | cr0::TS) != 0, Self::FPU_OFF);
         m |= flag(st.cr4 & cr4::OSFXSR != 0, Self::SSE);
         let xsave = st.cr4 & cr4::OSXSAVE != 0 && st.protected() && !st.v8086();
@@ -231,6 +234,10 @@ pub(crate) struct Site {
     pub(crate) stack: bool,
     /// The block has x87/SIMD state live.
     pub(crate) simd: bool,
+    /// Alignment in bytes below which the instruction raises #GP; that goes before any page fault.
+    pub(crate) align: u16,
+    /// An x87 instruction that waits for pending exceptions first.
+    pub(crate) x87: bool,
     /// Masked vector access: only some of the operand's bytes are touched.
     pub(crate) masked: bool,
     pub(crate) seg: u8,
@@ -246,6 +253,9 @@ pub(crate) struct Callout {
     pub(crate) ends: bool,
 }
 
+/// In place of a callout's number: there is none.
+pub(crate) const NO_CALLOUT: u32 = u32::MAX;
+
 /// What a callout does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -257,6 +267,8 @@ pub(crate) enum Action {
     Undefined,
     /// Raise #DB: a single step is complete at the instruction's own RIP (which is the next one to run).
     StepDone,
+    /// Nothing: the record is for a branch that must be undone when its target is not canonical.
+    Branch,
     /// Raise #GP(0) at the instruction: it is longer than 15 bytes.
     TooLong,
 }

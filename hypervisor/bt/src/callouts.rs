@@ -1,13 +1,14 @@
 //! What translated code asks of Rust. Each function is called by the thunk of the same name with the guest's state stored.
 #![allow(unsafe_code)] // Receives the engine as a raw pointer from the thunks.
 
-use crate::block::{Action, Mode};
+use crate::block::{Action, Mode, NO_CALLOUT};
 use crate::dispatch::EXIT_RESYNC;
 use crate::engine::Engine;
 use crate::softmmu::Resolved;
 use iced_x86::Mnemonic;
+use paravane_cpu::cpuid::Vendor;
 use paravane_cpu::state::cr0;
-use paravane_cpu::{Exception, Step, emulate};
+use paravane_cpu::{Exception, Reg, Step, emulate, mmu};
 
 /// How a callout goes on: a value and bits.
 #[repr(C)]
@@ -74,7 +75,11 @@ fn finish_access(e: &mut Engine, la: u64, site: u32, rip: u64) -> Back {
         Ok(Resolved::Filled) => Back::resume(0, s.simd),
         Ok(Resolved::Bounced(p)) => Back::resume(p, s.simd),
         Ok(Resolved::OwnCode) => e.again_alone(rip),
-        Err(exc) => e.raise_and_go(exc, rip),
+        Err(exc) => {
+            // A pending x87 exception goes before anything about the operand (SDM vol. 1, section 8.7).
+            let waiting = s.x87 && e.cpu().xsave.0[2] & 0x80 != 0;
+            e.raise_and_go(if waiting { Exception::FpuError } else { exc }, rip)
+        }
     }
 }
 
@@ -109,7 +114,7 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
     let stepping = mode.has(Mode::STEP);
     let st = e.cpu();
     match action {
-        Action::Emulate => {}
+        Action::Emulate | Action::Branch => {}
         Action::Undefined => return e.raise_and_go(Exception::InvalidOpcode, i.ip()),
         Action::TooLong => return e.raise_and_go(Exception::GeneralProtection(0), i.ip()),
         Action::FpuOff => {
@@ -188,10 +193,32 @@ fn is_x87(i: &iced_x86::Instruction) -> bool {
 }
 
 /// An indirect jump missed the jump cache; the target is in `cpu.rip`.
-pub(crate) unsafe extern "sysv64" fn lookup(e: *mut Engine) -> Back {
+pub(crate) unsafe extern "sysv64" fn lookup(e: *mut Engine, branch: u32) -> Back {
     // SAFETY: as in `mem`.
     let e = unsafe { &mut *e };
     e.stats.lookup_callouts += 1;
+    let st = e.cpu();
+    if branch != NO_CALLOUT && st.code64() && !mmu::is_canonical(st.rip) && e.cpuid.vendor() != Vendor::Amd {
+        // Intel CPUs raise the fault at the branch, before it has any effect; AMD's at its target.
+        let i = e.tables.callouts[branch as usize].instr;
+        let rsp = &mut st.gpr[Reg::Rsp as usize];
+        match i.mnemonic() {
+            Mnemonic::Ret => {
+                let extra = if i.op_count() == 1 { u64::from(i.immediate16()) } else { 0 };
+                *rsp = rsp.wrapping_sub(8 + extra);
+            }
+            Mnemonic::Call => *rsp = rsp.wrapping_add(8),
+            _ => {}
+        }
+        return e.raise_and_go(Exception::GeneralProtection(0), i.ip());
+    }
+    if branch != NO_CALLOUT {
+        let block = e.tables.callouts[branch as usize].block as usize;
+        if e.tables.blocks[block].key.mode.has(Mode::STEP) {
+            let rip = st.rip;
+            return e.raise_and_go(Exception::Debug(1 << 14), rip);
+        }
+    }
     e.go()
 }
 

@@ -43,6 +43,14 @@ impl Engine {
     pub(crate) fn resolve(&mut self, la: u64, s: &Site) -> Result<Resolved, Exception> {
         let st = self.cpu();
         let size = u64::from(s.size);
+        if s.masked && self.active_bytes(s) == Some(0) {
+            // Nothing is touched, so nothing about the address matters.
+            self.bounce = BounceTarget { pieces: [Piece::default(); 2], at: 0, active: Some(0) };
+            return Ok(Resolved::Bounced(self.shared().bounce.0.as_ptr() as u64));
+        }
+        if s.align > 1 && la & u64::from(s.align - 1) != 0 {
+            return Err(Exception::GeneralProtection(0));
+        }
         let last = la.wrapping_add(size - 1);
         if st.code64() && !(mmu::is_canonical(la) && mmu::is_canonical(last)) {
             return Err(if s.stack { Exception::StackFault(0) } else { Exception::GeneralProtection(0) });
@@ -172,13 +180,16 @@ impl Engine {
         let low = if first >= 64 { u64::MAX } else { (1 << first) - 1 };
         let access = Access::current(st, kind);
         let mut pieces = [Piece::default(); 2];
-        // A page without active bytes is not touched at all.
+        // A page without active bytes is not touched at all, and the first active byte is the one that faults.
         if active & low != 0 {
-            pieces[0] = Piece { gpa: mmu::walk(st, self, la, access)?.gpa, len: first };
+            let skip = u64::from(active.trailing_zeros());
+            let t = mmu::walk(st, self, la.wrapping_add(skip), access)?;
+            pieces[0] = Piece { gpa: t.gpa - skip, len: first };
         }
         if first < size && active & !low != 0 {
-            let next = la.wrapping_add(first as u64);
-            pieces[1] = Piece { gpa: mmu::walk(st, self, next, access)?.gpa, len: size - first };
+            let skip = u64::from((active & !low).trailing_zeros());
+            let t = mmu::walk(st, self, la.wrapping_add(skip), access)?;
+            pieces[1] = Piece { gpa: t.gpa - (skip - first as u64), len: size - first };
         }
         if s.write {
             let mut own = false;

@@ -253,12 +253,13 @@ pub(crate) unsafe extern "sysv64" fn emulate() {
     )
 }
 
-/// [`crate::state::Thunk::Lookup`], jumped to: the target is in `cpu.rip`.
+/// [`crate::state::Thunk::Lookup`], jumped to: the target is in `cpu.rip`, R15D = callout of the branch.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn lookup() {
     operands!(
         save!(),
         "mov rdi, gs:[{engine}]",
+        "mov esi, r15d",
         "call {f}",
         back!();
         engine = const ENGINE,

@@ -7,9 +7,9 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use crate::CpuState;
 use crate::gather::sign_bits;
-use crate::simd::{in_use, opmask, zmm};
+use crate::simd::{in_use, materialise, opmask, set_in_use, zmm};
+use crate::{CpuState, Env, Exception, Reg, Step, ea, mem};
 
 /// The bytes that an instruction accesses of its memory operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,60 @@ fn mmx(st: &CpuState, n: usize) -> [u8; 64] {
         v[..8].copy_from_slice(&st.xsave.0[at..at + 8]);
     }
     v
+}
+
+/// MASKMOVQ, MASKMOVDQU and VMASKMOVDQU: bytes of a register to `[rdi]` where the mask says so.
+pub(crate) fn emulate<E: Env + ?Sized>(
+    st: &mut CpuState,
+    env: &mut E,
+    i: &Instruction,
+) -> Option<Result<Step, Exception>> {
+    use Mnemonic as M;
+    let mmx_form = match i.mnemonic() {
+        M::Maskmovq => true,
+        M::Maskmovdqu | M::Vmaskmovdqu => false,
+        _ => return None,
+    };
+    let active = active_bytes(st, i)?;
+    let from = i.op1_register();
+    let value = if mmx_form { mmx(st, from.number()) } else { zmm(st, from.number() & 31) };
+    let address = |st: &CpuState, n: u64| {
+        let offset = ea::truncate(st.gpr[Reg::Rdi as usize], ea::address_bits(i, 0)).wrapping_add(n);
+        ea::segmented(st, ea::operand_segment(st, i, 0), offset, 1, true)
+    };
+    let chosen = |n: &u64| active.bytes >> n & 1 != 0;
+    let store = |st: &mut CpuState, env: &mut E| {
+        // All pages are checked before the first byte is stored.
+        for n in (0..active.size as u64).filter(chosen) {
+            let at = address(st, n)?;
+            mem::probe_write(st, env, at, 1, mem::Privilege::Current)?;
+        }
+        for n in (0..active.size as u64).filter(chosen) {
+            let at = address(st, n)?;
+            mem::write(st, env, at, &value[n as usize..n as usize + 1], mem::Privilege::Current)?;
+        }
+        if mmx_form {
+            enter_mmx(st);
+        }
+        Ok(Step::Next)
+    };
+    Some(store(st, env))
+}
+
+/// What every MMX instruction does to the x87 state: TOP becomes 0 and all registers are valid (SDM vol. 1, section 9.5).
+fn enter_mmx(st: &mut CpuState) {
+    materialise(st, 0);
+    set_in_use(st, 0, true);
+    let top = usize::from(st.xsave.0[3] >> 3 & 7);
+    // Rows are stored relative to TOP; the registers themselves stay where they are.
+    let mut rows = [0; 128];
+    for physical in 0..8 {
+        let row = 32 + 16 * ((physical + 8 - top) & 7);
+        rows[16 * physical..][..16].copy_from_slice(&st.xsave.0[row..row + 16]);
+    }
+    st.xsave.0[32..160].copy_from_slice(&rows);
+    st.xsave.0[3] &= !0x38;
+    st.xsave.0[4] = 0xff;
 }
 
 /// Instructions with an opmask whose memory operand is accessed whole whatever the mask says.

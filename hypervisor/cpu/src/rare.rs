@@ -13,7 +13,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use crate::operand::{self, mask};
 use crate::state::{cr0, cr4, rflags};
-use crate::{CpuState, Env, Exception, Reg, Step, gather, misc, msr, string, x87env, xsave};
+use crate::{CpuState, Env, Exception, Reg, Step, gather, masked, misc, msr, string, x87env, xsave};
 
 /// Carries out `i`, or gives `None` when it is not one of this module's instructions.
 pub fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instruction) -> Option<Result<Step, Exception>> {
@@ -35,6 +35,7 @@ pub fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instruction)
         _ => xsave::emulate(st, env, i)
             .or_else(|| x87env::emulate(st, env, i))
             .or_else(|| misc::emulate(st, env, i))
+            .or_else(|| masked::emulate(st, env, i))
             .or_else(|| gather::emulate(st, env, i))?,
     };
     if done.is_ok() {

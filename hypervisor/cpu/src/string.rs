@@ -184,6 +184,10 @@ pub(crate) fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instr
         advance(st, i);
         return Ok(if outcome == BusOutcome::Done { Step::Next } else { Step::Resync });
     }
+    if matches!(op.kind, Kind::Ins | Kind::Outs) {
+        // Permission is checked even when there is nothing to transfer.
+        system::check_io(st, env, st.gpr[Reg::Rdx as usize] as u16, op.bytes as u8)?;
+    }
     let mut budget = match op.kind {
         _ if st.rflags & rflags::TF != 0 => 1, // single-step traps come after every iteration
         Kind::Ins | Kind::Outs => IO_BUDGET,
@@ -243,10 +247,11 @@ fn element<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, op: &Op) -> Result<(
             go_on = op.compare(st, st.gpr[Reg::Rax as usize], value);
         }
         Kind::Cmps => {
-            let from = op.source(st)?;
-            let a = read_linear(st, env, from, op.bytes)?;
+            // The destination is read first, which shows when both fault.
             let at = op.destination(st, false)?;
             let b = read_linear(st, env, at, op.bytes)?;
+            let from = op.source(st)?;
+            let a = read_linear(st, env, from, op.bytes)?;
             go_on = op.compare(st, a, b);
         }
         Kind::Ins => {

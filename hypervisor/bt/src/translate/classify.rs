@@ -65,6 +65,12 @@ pub(crate) enum Class {
     EmulateEnd,
 }
 
+/// The register state that an instruction needs enabled, whatever its class.
+pub(crate) fn unit_of(code: Code) -> Unit {
+    static TABLE: OnceLock<Vec<Unit>> = OnceLock::new();
+    TABLE.get_or_init(|| Code::values().map(unit).collect())[code as usize]
+}
+
 /// The class of an instruction.
 pub(crate) fn classify(code: Code) -> Class {
     static TABLE: OnceLock<Vec<Class>> = OnceLock::new();
@@ -167,6 +173,9 @@ fn compute(code: Code) -> Class {
         | M::Prefetchw
         | M::Prefetchwt1
         | M::Prefetch
+        | M::Prefetchit0
+        | M::Prefetchit1
+        | M::Cldemote
         | M::Rdsspd
         | M::Rdsspq => return Class::Nop,
         M::Lea => return Class::Lea,

@@ -6,11 +6,11 @@
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use super::{RawExit, Translator};
-use crate::asm::{Asm, H, M};
-use crate::block::{Action, FaultKind, Mode};
+use crate::asm::{Asm, H, Label, M};
+use crate::block::{Action, FaultKind, Mode, NO_CALLOUT};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::{JC_ENTRIES, Thunk, off};
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 impl Translator<'_> {
     pub(crate) fn branch_target(&self, i: &Instruction) -> u64 {
@@ -34,7 +34,7 @@ impl Translator<'_> {
     pub(crate) fn exit_to(&mut self, target: u64, mode: Mode, backward: bool) {
         if self.mode.has(Mode::STEP) {
             self.asm.mov_imm(H::RCX, target);
-            self.exit_rcx();
+            self.step_to_rcx();
             return;
         }
         if backward {
@@ -48,40 +48,55 @@ impl Translator<'_> {
         }
         self.asm.mov_imm(H::RCX, target);
         self.asm.store(M::gs(off::RIP), H::RCX);
+        let miss = self.lookup_stub(NO_CALLOUT);
         if mode != self.mode || self.mode.alone() || !self.mode.has(Mode::FLAT) {
-            self.asm.jmp_mem(M::gs(Thunk::Lookup.offset()));
+            self.asm.jmp(miss);
             return;
         }
-        lookup_constant(self.asm, target, self.mode.view());
+        lookup_constant(self.asm, target, self.mode.view(), miss);
     }
 
-    fn add_exit(&mut self, target_rip: u64, target_mode: Mode, patch: u32, stub: crate::asm::Label) {
+    /// A place behind the block that goes to the lookup in Rust; `callout` names the branch instruction, if it has to be
+    /// undone when its target is not canonical.
+    fn lookup_stub(&mut self, callout: u32) -> Label {
+        let l = self.asm.label();
+        self.lookups.push((l, callout));
+        l
+    }
+
+    fn add_exit(&mut self, target_rip: u64, target_mode: Mode, patch: u32, stub: Label) {
         self.stubs.push((self.exits.len() as u32, stub));
         self.exits.push(RawExit { target_rip, target_mode, patch, stub: 0 });
     }
 
-    /// Leaves for the RIP in RCX.
-    pub(crate) fn exit_rcx(&mut self) {
-        if self.mode.has(Mode::STEP) {
-            self.asm.store(M::gs(off::RIP), H::RCX);
-            // StepDone takes the RIP it finds in the state.
-            let i = Instruction::default();
-            self.callout(&i, Action::StepDone);
-            self.asm.ud2();
-            return;
-        }
-        let a = &mut self.asm;
-        a.store(M::gs(off::RIP), H::RCX);
+    /// Leaves for the RIP in RCX, which the branch instruction `i` has put there.
+    pub(crate) fn exit_rcx(&mut self, i: &Instruction) {
+        self.asm.store(M::gs(off::RIP), H::RCX);
+        let n = self.note_callout(i, Action::Branch);
+        let miss = self.lookup_stub(n);
         if self.mode.alone() || !self.mode.has(Mode::FLAT) {
-            a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+            self.asm.jmp(miss);
             return;
         }
         self.poll(FaultKind::PollIndirect);
-        self.jump_through_cache(self.mode.view());
+        self.jump_through_cache_or(self.mode.view(), miss);
+    }
+
+    /// Leaves for the RIP in RCX when a single step is complete there.
+    fn step_to_rcx(&mut self) {
+        self.asm.store(M::gs(off::RIP), H::RCX);
+        // StepDone takes the RIP it finds in the state.
+        self.callout(&Instruction::default(), Action::StepDone);
+        self.asm.ud2();
     }
 
     /// Goes to the RIP in RCX, which is in the state too, through a view's jump cache.
     pub(crate) fn jump_through_cache(&mut self, view: usize) {
+        let miss = self.lookup_stub(NO_CALLOUT);
+        self.jump_through_cache_or(view, miss);
+    }
+
+    fn jump_through_cache_or(&mut self, view: usize, miss: Label) {
         let a = &mut self.asm;
         let hit = a.label();
         a.store(M::gs(off::TMP), H::RDX);
@@ -90,7 +105,7 @@ impl Translator<'_> {
         a.lea(H::RCX, M::base_index(H::RDX, H::RCX));
         a.load(H::RDX, M::gs(off::TMP));
         a.jrcxz(hit);
-        a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+        a.jmp(miss);
         a.bind(hit);
         a.jmp_mem(M::gs_index(H::R15, 3, off::jc_hosts(view)));
     }
@@ -205,13 +220,14 @@ impl Translator<'_> {
             read: false,
             write: true,
             masked: false,
+            align: 0,
             flags_live,
         };
         self.emit_access(acc, MemOp::Store(v, size));
     }
 
     fn load_from(&mut self, ea: Ea, size: u8, dest: Dest, flags_live: bool) {
-        let acc = Access { ea, size: u16::from(size), read: true, write: false, masked: false, flags_live };
+        let acc = Access { ea, size: u16::from(size), read: true, write: false, masked: false, align: 0, flags_live };
         self.emit_access(acc, MemOp::Load(dest, size));
     }
 
@@ -263,10 +279,11 @@ impl Translator<'_> {
     }
 
     pub(crate) fn leave(&mut self, i: &Instruction, flags_live: bool) {
-        let size = self.slot(i);
-        if size == 2 {
-            return self.callout(i, Action::Emulate);
-        }
+        let size = match i.code() {
+            Code::Leaveq => 8,
+            Code::Leaved => 4,
+            _ => return self.callout(i, Action::Emulate),
+        };
         // The frame is read through RBP before anything changes, so that a fault leaves all as it was.
         let ea = Ea { base: Some(5), ..Ea::stack(0, self.mode) };
         self.load_from(ea, size, Dest::Gs(off::TMP + 16), flags_live);
@@ -324,7 +341,7 @@ impl Translator<'_> {
         self.push_value(Value::Imm(self.cur_next), size, flags_live);
         self.adjust_rsp(-i32::from(size));
         self.asm.load(H::RCX, M::gs(off::TMP + 16));
-        self.exit_rcx();
+        self.exit_rcx(i);
     }
 
     pub(crate) fn jmp_indirect(&mut self, i: &Instruction, flags_live: bool) {
@@ -334,14 +351,14 @@ impl Translator<'_> {
                 Home::Host(h) => self.asm.mov(H::RCX, h),
                 Home::Spilled(n) => self.asm.load(H::RCX, M::gs(off::gpr(n))),
             }
-            return self.exit_rcx();
+            return self.exit_rcx(i);
         }
         let size = (self.mode.bits() / 8) as u8;
         if i.op0_kind() != OpKind::Memory || i.memory_size().size() != usize::from(size) {
             return self.callout(i, Action::Emulate);
         }
         self.load_from(Ea::of(i, self.mode), size, Dest::Reg(H::RCX), flags_live);
-        self.exit_rcx();
+        self.exit_rcx(i);
     }
 
     pub(crate) fn ret(&mut self, i: &Instruction, flags_live: bool) {
@@ -352,7 +369,7 @@ impl Translator<'_> {
         let extra = if i.op_count() == 1 { i32::from(i.immediate16()) } else { 0 };
         self.load_from(Ea::stack(0, self.mode), size, Dest::Reg(H::RCX), flags_live);
         self.adjust_rsp(i32::from(size) + extra);
-        self.exit_rcx();
+        self.exit_rcx(i);
     }
 
     fn slot_of_ret(&self, i: &Instruction) -> u8 {
@@ -414,13 +431,13 @@ impl Translator<'_> {
 }
 
 /// Goes through the jump cache to a RIP that is known when the code is made and is already in RCX and in the state.
-fn lookup_constant(a: &mut Asm, target: u64, view: usize) {
+fn lookup_constant(a: &mut Asm, target: u64, view: usize, miss: Label) {
     let slot = (target as usize & (JC_ENTRIES - 1)) as i32 * 8;
     let hit = a.label();
     a.load(H::R15, M::gs(off::jc_tags(view) + slot));
     a.lea(H::RCX, M::base_index(H::R15, H::RCX));
     a.jrcxz(hit);
-    a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+    a.jmp(miss);
     a.bind(hit);
     a.jmp_mem(M::gs(off::jc_hosts(view) + slot));
 }
@@ -430,5 +447,9 @@ pub(crate) fn jump_cache_stub(a: &mut Asm, target: u64, view: usize) {
     a.clear();
     a.mov_imm(H::RCX, target);
     a.store(M::gs(off::RIP), H::RCX);
-    lookup_constant(a, target, view);
+    let miss = a.label();
+    lookup_constant(a, target, view, miss);
+    a.bind(miss);
+    a.mov_imm(H::R15, u64::from(NO_CALLOUT));
+    a.jmp_mem(M::gs(Thunk::Lookup.offset()));
 }

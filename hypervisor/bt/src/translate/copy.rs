@@ -6,7 +6,7 @@ use crate::asm::{H, M};
 use crate::block::FaultKind;
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::off;
-use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, EncodingKind, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 /// Guest register numbers that an instruction names and that need a temporary, with what happens to them.
 #[derive(Clone, Copy, Default)]
@@ -41,10 +41,16 @@ impl Translator<'_> {
             OpAccess::ReadWrite | OpAccess::ReadCondWrite => (true, true),
             _ => (true, false),
         };
-        let masked = matches!(how, OpAccess::CondRead | OpAccess::CondWrite) || i.has_op_mask();
+        let maskmov = matches!(
+            i.mnemonic(),
+            Mnemonic::Vmaskmovps | Mnemonic::Vmaskmovpd | Mnemonic::Vpmaskmovd | Mnemonic::Vpmaskmovq
+        );
+        let masked = maskmov || matches!(how, OpAccess::CondRead | OpAccess::CondWrite) || i.has_op_mask();
         let size = i.memory_size();
         let size = if i.is_broadcast() { size.element_size() } else { size.size() };
-        Access { ea: Ea::of(i, self.mode), size: size.max(1) as u16, read, write, masked, flags_live }
+        let size = size.max(1) as u16;
+        let align = required_alignment(i, size);
+        Access { ea: Ea::of(i, self.mode), size, read, write, masked, align, flags_live }
     }
 
     /// Emits one guest instruction, its memory operand (if any) at `loc`.
@@ -318,6 +324,37 @@ fn implicit_hosts(i: &Instruction) -> u16 {
     match i.mnemonic() {
         Mn::Mul | Mn::Imul | Mn::Div | Mn::Idiv | Mn::Cmpxchg | Mn::Mulx => 0b101,
         Mn::Cmpxchg8b | Mn::Cmpxchg16b => 0b1101,
+        _ => 0,
+    }
+}
+
+/// Alignment that an instruction's memory operand must have (SDM vol. 1, section 4.1.1 and table 14-22).
+fn required_alignment(i: &Instruction, size: u16) -> u16 {
+    use Mnemonic as Mn;
+    let legacy = i.code().op_code().encoding() == EncodingKind::Legacy;
+    match i.mnemonic() {
+        Mn::Cmpxchg16b => 16,
+        Mn::Movaps | Mn::Movapd | Mn::Movdqa | Mn::Movntps | Mn::Movntpd | Mn::Movntdq | Mn::Movntdqa => 16,
+        Mn::Vmovaps
+        | Mn::Vmovapd
+        | Mn::Vmovdqa
+        | Mn::Vmovdqa32
+        | Mn::Vmovdqa64
+        | Mn::Vmovntps
+        | Mn::Vmovntpd
+        | Mn::Vmovntdq
+        | Mn::Vmovntdqa => size,
+        Mn::Movups
+        | Mn::Movupd
+        | Mn::Movdqu
+        | Mn::Lddqu
+        | Mn::Pcmpestri
+        | Mn::Pcmpestrm
+        | Mn::Pcmpistri
+        | Mn::Pcmpistrm
+        | Mn::Pcmpestri64
+        | Mn::Pcmpestrm64 => 0,
+        _ if legacy && size == 16 && i.op0_register().is_xmm() => 16,
         _ => 0,
     }
 }

@@ -7,6 +7,7 @@
 //! The lookup comes in two forms: one that clobbers the flags, for places where they are dead, and one that uses PEXT,
 //! LEA and JRCXZ only.
 
+use super::classify::{Unit, unit_of};
 use super::{Pending, Translator};
 use crate::asm::{H, Label, M, cc};
 use crate::block::{Mode, Site};
@@ -38,6 +39,11 @@ impl Ea {
     /// The memory operand of an instruction.
     pub(crate) fn of(i: &Instruction, mode: Mode) -> Self {
         let seg = match i.memory_segment() {
+            // In 64-bit mode the other overrides are ignored, and the base decides.
+            s if mode.is64() && !matches!(s, Register::FS | Register::GS) => {
+                let stack = matches!(i.memory_base().full_register(), Register::RSP | Register::RBP);
+                if stack { 2 } else { 3 }
+            }
             Register::ES => 0,
             Register::CS => 1,
             Register::SS => 2,
@@ -136,6 +142,8 @@ pub(crate) struct Access {
     pub(crate) read: bool,
     pub(crate) write: bool,
     pub(crate) masked: bool,
+    /// See [`Site::align`].
+    pub(crate) align: u16,
     /// Flags must survive the lookup.
     pub(crate) flags_live: bool,
 }
@@ -216,7 +224,12 @@ impl Translator<'_> {
 
     /// Whether an access with this segment must take the segmented path.
     fn segmented(&self, seg: u8) -> bool {
-        !self.mode.is64() && (!self.mode.has(Mode::FLAT) || (seg >= 4 && !self.mode.has(Mode::FLAT_FSGS)))
+        let flat = match seg {
+            4 => Mode::FLAT | Mode::FLAT_FS,
+            5 => Mode::FLAT | Mode::FLAT_GS,
+            _ => Mode::FLAT,
+        };
+        !self.mode.is64() && self.mode.0 & flat != flat
     }
 
     /// Emits one access: address, lookup, operation, and (behind the block) the slow path.
@@ -235,12 +248,14 @@ impl Translator<'_> {
             write: acc.write,
             stack: acc.ea.is_stack(),
             simd: self.simd,
+            x87: matches!(&op, MemOp::Guest(i) if waits_for_x87(i)),
             masked: acc.masked,
+            align: acc.align,
             seg: acc.ea.seg,
         });
         if self.segmented(acc.ea.seg) {
             self.emit_ea(&acc.ea, false);
-            self.emit_pending(pre);
+            self.emit_pending(pre, acc.ea.bits);
             self.asm.mov_imm(H::R15, u64::from(site));
             self.asm.call_gs(Thunk::SegMem.offset());
             self.emit_op(&op, Loc::Rcx);
@@ -253,7 +268,7 @@ impl Translator<'_> {
         let (slow, done) = (self.asm.label(), self.asm.label());
         let retry = self.asm.here();
         self.emit_ea(&acc.ea, true);
-        self.emit_pending(pre);
+        self.emit_pending(pre, acc.ea.bits);
         self.emit_lookup(acc.size, acc.write, acc.flags_live, slow);
         self.emit_op(&op, Loc::Indexed);
         self.asm.bind(done);
@@ -298,7 +313,7 @@ impl Translator<'_> {
         for s in std::mem::take(&mut self.slow) {
             self.asm.bind(s.slow);
             self.emit_ea(&s.ea, true);
-            self.emit_pending(s.pre);
+            self.emit_pending(s.pre, s.ea.bits);
             self.asm.mov_imm(H::R15, u64::from(s.site));
             self.asm.call_gs(Thunk::Mem.offset());
             let again = self.asm.label();
@@ -382,4 +397,11 @@ fn store_sized(a: &mut crate::asm::Asm, m: M, r: H, size: u8) {
         2 => a.store16(m, r),
         _ => a.store8(m, r),
     }
+}
+
+/// Whether an instruction reports a pending x87 exception before it does anything.
+fn waits_for_x87(i: &Instruction) -> bool {
+    use iced_x86::Mnemonic as Mn;
+    unit_of(i.code()) == Unit::X87
+        && !matches!(i.mnemonic(), Mn::Fnstcw | Mn::Fnstsw | Mn::Fnstenv | Mn::Fnsave | Mn::Fninit | Mn::Fnclex)
 }

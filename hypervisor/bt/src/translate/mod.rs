@@ -17,7 +17,7 @@ use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, T
 use crate::cache::Placed;
 use crate::regs::{Home, Width, home};
 use crate::state::{Thunk, off};
-use classify::{Class, Unit, classify};
+use classify::{Class, Unit, classify, unit_of};
 pub(crate) use control::jump_cache_stub;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic};
 use memory::Slow;
@@ -63,6 +63,8 @@ pub(crate) struct Translator<'a> {
     pub(crate) cur_next: u64,
     slow: Vec<Slow>,
     exits: Vec<RawExit>,
+    /// Stubs that go to the lookup: (label, callout).
+    lookups: Vec<(crate::asm::Label, u32)>,
     /// Exit stubs to be emitted: (exit, label).
     stubs: Vec<(u32, crate::asm::Label)>,
 }
@@ -132,6 +134,7 @@ impl<'a> Translator<'a> {
             cur_next: start_rip,
             slow: Vec::new(),
             exits: Vec::new(),
+            lookups: Vec::new(),
             stubs: Vec::new(),
         }
     }
@@ -237,14 +240,15 @@ impl<'a> Translator<'a> {
             return true;
         }
         let flat = self.mode.has(Mode::FLAT) && self.mode.has(Mode::WIDE_STACK);
-        match classify(i.code()) {
-            Class::Copy(u) => {
-                if let Some(action) = self.unit_enabled(u) {
-                    self.callout(i, action);
-                    return true;
-                }
-                self.copy(i, flags_live);
-            }
+        let class = classify(i.code());
+        if matches!(class, Class::Copy(_) | Class::Emulate)
+            && let Some(action) = self.unit_enabled(unit_of(i.code()))
+        {
+            self.callout(i, action);
+            return true;
+        }
+        match class {
+            Class::Copy(_) => self.copy(i, flags_live),
             Class::Nop => {}
             Class::Lea => self.lea(i),
             Class::BitTest => self.bit_test(i, flags_live),
@@ -285,11 +289,16 @@ impl<'a> Translator<'a> {
 
     /// Emits a callout for an instruction. Rust code either comes back behind it or goes elsewhere.
     pub(crate) fn callout(&mut self, i: &Instruction, action: Action) {
-        let n = self.tables.callouts.len() as u32;
-        let ends = ends_block(i, self.mode);
-        self.tables.callouts.push(Callout { block: self.block, instr: *i, action, simd: self.simd, ends });
+        let n = self.note_callout(i, action);
         self.asm.mov_imm(H::R15, u64::from(n));
         self.asm.call_gs(Thunk::Emulate.offset());
+    }
+
+    /// Records a callout; gives its number.
+    fn note_callout(&mut self, i: &Instruction, action: Action) -> u32 {
+        let ends = ends_block(i, self.mode);
+        self.tables.callouts.push(Callout { block: self.block, instr: *i, action, simd: self.simd, ends });
+        self.tables.callouts.len() as u32 - 1
     }
 
     /// The encoder refused a mapped instruction: a hole in the translator, reported and survived by raising #UD.
@@ -298,7 +307,7 @@ impl<'a> Translator<'a> {
         self.callout(i, Action::Undefined);
     }
 
-    fn emit_pending(&mut self, p: Pending) {
+    fn emit_pending(&mut self, p: Pending, bits: u32) {
         let Pending::BitOffset(g, w) = p else { return };
         // RCX = address; add (offset >> log2(bits)) * bytes, sign-extended. TMP keeps the address meanwhile.
         let a = &mut self.asm;
@@ -328,12 +337,19 @@ impl<'a> Translator<'a> {
         a.sarx(H::R15, H::R15, H::RCX);
         a.load(H::RCX, M::gs(off::TMP));
         a.lea(H::RCX, M { base: Some(H::RCX), index: Some((H::R15, scale)), disp: 0, gs: false });
-        if !self.mode.is64() {
-            self.asm.mov32(H::RCX, H::RCX);
+        match bits {
+            32 => self.asm.mov32(H::RCX, H::RCX),
+            16 => self.asm.movzx16(H::RCX, H::RCX),
+            _ => {}
         }
     }
 
     fn emit_stubs(&mut self) {
+        for (label, callout) in std::mem::take(&mut self.lookups) {
+            self.asm.bind(label);
+            self.asm.mov_imm(H::R15, u64::from(callout));
+            self.asm.jmp_mem(M::gs(Thunk::Lookup.offset()));
+        }
         let first = self.tables.exits.len() as u32;
         for (n, label) in std::mem::take(&mut self.stubs) {
             self.asm.bind(label);

@@ -43,8 +43,15 @@ impl Translator<'_> {
 
     fn string_once(&mut self, reads: bool, writes: bool, size: u8, flags_live: bool) {
         let at = |reg: usize| Ea { base: Some(reg), index: None, disp: 0, bits: 64, seg: 3 };
-        let acc =
-            |ea, write: bool| Access { ea, size: u16::from(size), read: !write, write, masked: false, flags_live };
+        let acc = |ea, write: bool| Access {
+            ea,
+            size: u16::from(size),
+            read: !write,
+            write,
+            masked: false,
+            align: 0,
+            flags_live,
+        };
         let step = i32::from(size);
         if reads {
             let dest = if writes || size == 1 { Dest::Gs(off::TMP + 16) } else { Dest::Reg(H::RAX) };

@@ -175,8 +175,15 @@ impl Translator<'_> {
         a.load(H::R15, M::gs(off::RFLAGS));
         a.lea(H::RCX, M::base_index(H::RCX, H::R15));
         a.store(M::gs(off::TMP + 16), H::RCX);
-        let acc =
-            Access { ea: Ea::stack(-8, self.mode), size: 8, read: false, write: true, masked: false, flags_live: true };
+        let acc = Access {
+            ea: Ea::stack(-8, self.mode),
+            size: 8,
+            read: false,
+            write: true,
+            masked: false,
+            align: 0,
+            flags_live: true,
+        };
         self.emit_access(acc, MemOp::Store(Value::Gs(off::TMP + 16), 8));
         a_adjust(self.asm);
     }
