@@ -1,37 +1,61 @@
-//! `cargo xtask demo`: a stock kernel under Paravane, on this terminal.
+//! `cargo xtask demo`: a stock Linux kernel on this terminal.
 
-use std::process::Command;
+use crate::host::{self, Doing, Result};
+use crate::{boot, initramfs, task_guests};
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
-use crate::{Result, build_paravane, initramfs, known_kernel, options, task_guests};
+/// Options of the demo.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Run these shell commands in the guest and power off, instead of giving a shell
+    #[arg(long, value_name = "COMMANDS")]
+    script: Option<String>,
+    /// The engine: auto (what fits this host), kvm, or bt (binary translation)
+    #[arg(long, default_value = "auto")]
+    engine: String,
+    /// The kernel: 6.1 or 6.12
+    #[arg(long, default_value = "6.1")]
+    kernel: String,
+}
 
-/// Runs the demonstration and returns the exit status of `paravane`.
-pub(crate) fn run(args: &[&str]) -> Result<u8> {
-    let (mut kernel, mut engine, mut script) = ("6.1", "auto", None);
-    for (name, value) in options(args, &["--kernel", "--engine", "--script"])? {
-        match name {
-            "--kernel" => kernel = value,
-            "--engine" => engine = value,
-            _ => script = Some(value),
-        }
+/// Removes the initrd that was made for a typed script.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
     }
-    known_kernel(kernel)?;
-    let guests = task_guests::ensure()?;
-    let binary = build_paravane()?;
-    let initrd = match script {
-        Some(commands) => initramfs::write_commands(&guests, commands)?,
-        None => "initramfs-shell.cpio",
-    };
-    if script.is_none() {
-        println!("xtask: Ctrl-A x stops the guest; exit in its shell powers it off");
+}
+
+/// Builds, fetches, boots; the hypervisor's exit status becomes the task's.
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let program = host::build_paravane()?;
+    let guests = task_guests::fetch()?;
+    let kernel = guests.kernel(&args.kernel)?;
+    let shell = guests.shell_image();
+    let mut initrd = shell.clone();
+    let mut _temporary = None;
+    if let Some(script) = &args.script {
+        let image = fs::read(&shell).doing("cannot read the shell initramfs")?;
+        initrd = shell.with_file_name(format!(".demo-{}.cpio", std::process::id()));
+        fs::write(&initrd, initramfs::with_script(&image, script)).doing("cannot write the script's initramfs")?;
+        _temporary = Some(Temporary(initrd.clone()));
+    } else {
+        eprintln!("Linux {} is starting. Ctrl-A x leaves the hypervisor, whatever the guest does.", args.kernel);
     }
-    let status = Command::new(binary)
-        .arg("run")
-        .arg("--kernel")
-        .arg(guests.join(kernel).join("vmlinuz"))
-        .arg("--initrd")
-        .arg(guests.join(initrd))
-        .args(["--cmdline", "console=ttyS0", "--memory", "512M", "--serial", "stdio", "--engine", engine])
+    // A shell is for a person, who need not read the boot log; a script's log is its record.
+    let quiet = if args.script.is_some() { "" } else { " quiet" };
+    let cmdline = format!("{}{quiet}", boot::CMDLINE);
+    let status = boot::paravane(&program, &args.engine, &kernel, &initrd, &cmdline)
         .status()
-        .map_err(|e| format!("cannot start paravane: {e}"))?;
-    Ok(status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(1))
+        .doing("cannot start the hypervisor that was just built")?;
+    Ok(match status.code() {
+        Some(code) => u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from),
+        None => {
+            eprintln!("xtask: the hypervisor ended with {status}");
+            ExitCode::FAILURE
+        }
+    })
 }

@@ -1,287 +1,223 @@
-//! Stock guest kernels and a static busybox, fetched as Debian packages.
+//! `cargo xtask guests`: stock kernels and busybox from Debian, and the initramfs images built from them.
 //!
-//! Nothing is downloaded by hand: apt does it, with a private state directory below `target/guests/apt`, so that an
-//! ordinary user can run it and the machine's own package lists stay untouched. The sources are those the machine is
-//! already configured with, with the suite name changed; `Signed-By` is kept, so every index and package is checked
-//! against the same keyring as the machine's own packages.
+//! Everything lies under target/guests: `6.1/` and `6.12/` with `vmlinuz`, `config`, `System.map`, `modules/` and
+//! `VERSION`, `busybox/` with both programs, `initramfs-shell.cpio` and `initramfs-script.cpio`. Each piece is made in a
+//! folder of its own and renamed into place when it is complete, so what has a name is whole, and a second run
+//! only looks.
 
+use crate::apt::Apt;
+use crate::host::{self, Doing, Failure, Result};
+use crate::initramfs::{self, Programs, Purpose};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode};
 
-use crate::{Result, initramfs};
+/// The suites that hold both kernels; 6.1 is bookworm's own, 6.12 its backport.
+const SUITES: [&str; 2] = ["bookworm", "bookworm-backports"];
 
-/// The release that the guests come from.
-const RELEASE: &str = "bookworm";
+/// The kernels, by the name of their folder.
+pub(crate) const KERNELS: [&str; 2] = ["6.1", "6.12"];
 
-/// Kernel versions that are fetched, with the suite that carries each.
-pub(crate) const KERNELS: [(&str, &str); 2] = [("6.1", "bookworm"), ("6.12", "bookworm-backports")];
-
-/// The files that one kernel consists of, by the prefix of their names in the package's `/boot`.
-const KERNEL_FILES: [(&str, &str); 3] = [("vmlinuz-", "vmlinuz"), ("System.map-", "System.map"), ("config-", "config")];
-
-/// The directory that holds every guest file of this checkout.
-pub(crate) fn guests_dir() -> PathBuf {
-    crate::repo_root().join("target/guests")
+/// The guests in the cache.
+pub(crate) struct Guests {
+    folder: PathBuf,
 }
 
-/// Fetches whatever is missing and returns the guest directory. Does nothing when all is there.
-pub(crate) fn ensure() -> Result<PathBuf> {
-    let dir = guests_dir();
-    let missing_kernels: Vec<_> =
-        KERNELS.iter().filter(|(v, _)| KERNEL_FILES.iter().any(|(_, f)| !dir.join(v).join(f).is_file())).collect();
-    let missing_busybox: Vec<_> =
-        ["amd64", "i386"].into_iter().filter(|a| !dir.join(format!("busybox-{a}")).is_file()).collect();
-    if !(missing_kernels.is_empty() && missing_busybox.is_empty()) {
-        fs::create_dir_all(&dir).map_err(|e| format!("cannot create {}: {e}", dir.display()))?;
-        let apt = Apt::prepare(&dir)?;
-        for (version, suite) in missing_kernels {
-            fetch_kernel(&apt, &dir, version, suite)?;
+impl Guests {
+    /// A kernel image by series, "6.1" or "6.12".
+    ///
+    /// # Errors
+    /// There is no such series.
+    pub(crate) fn kernel(&self, series: &str) -> Result<PathBuf> {
+        if KERNELS.contains(&series) {
+            return Ok(self.folder.join(series).join("vmlinuz"));
         }
-        for arch in missing_busybox {
-            fetch_busybox(&apt, &dir, arch)?;
-        }
-    }
-    initramfs::write_all(&dir)?;
-    Ok(dir)
-}
-
-/// apt with a private state below the guest directory.
-struct Apt {
-    dir: PathBuf,
-    options: Vec<String>,
-}
-
-impl Apt {
-    /// Writes the private sources list and fetches the indices.
-    fn prepare(guests: &Path) -> Result<Self> {
-        for (tool, package) in [("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")] {
-            if Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
-                return Err(format!("{tool} is missing: install the Debian package {package}"));
-            }
-        }
-        let dir = guests.join("apt");
-        for sub in ["state/lists/partial", "cache/archives/partial", "etc/parts", "download"] {
-            fs::create_dir_all(dir.join(sub)).map_err(|e| format!("cannot create {}: {e}", dir.display()))?;
-        }
-        let sources = derive_sources(&read_machine_sources());
-        if sources.is_empty() {
-            return Err("no Debian mirror is configured: add one to /etc/apt/sources.list and run this again".into());
-        }
-        let list = dir.join("etc/guests.list");
-        fs::write(&list, sources.join("\n") + "\n").map_err(|e| format!("cannot write {}: {e}", list.display()))?;
-        let status = dir.join("state/status");
-        fs::write(&status, "").map_err(|e| format!("cannot write {}: {e}", status.display()))?;
-        let at = |sub: &str| dir.join(sub).display().to_string();
-        let mut settings = vec![
-            format!("Dir::State={}", at("state")),
-            format!("Dir::State::lists={}", at("state/lists")),
-            format!("Dir::State::status={}", status.display()),
-            format!("Dir::Cache={}", at("cache")),
-            format!("Dir::Etc::sourcelist={}", list.display()),
-            format!("Dir::Etc::sourceparts={}", at("etc/parts")),
-            "APT::Architecture=amd64".into(),
-            "APT::Architectures::=amd64".into(),
-            "APT::Architectures::=i386".into(),
-            "Acquire::Languages=none".into(),
-            "Debug::NoLocking=1".into(),
-        ];
-        if crate::is_root() {
-            // apt would otherwise drop to a user that may not be able to enter the checkout.
-            settings.push("APT::Sandbox::User=root".into());
-        }
-        let apt = Apt { dir, options: settings.into_iter().flat_map(|s| ["-o".to_string(), s]).collect() };
-        println!("guests: fetching package lists of {RELEASE}");
-        // An archive that cannot be fetched or verified is left out as a whole; whether the others suffice shows when
-        // a package is asked for, and apt refuses packages that no verified index lists.
-        if let Err(why) = apt.run("apt-get", &["-q", "update"]) {
-            println!("guests: continuing without one archive: {why}");
-        }
-        Ok(apt)
+        Err(Failure::new(format!("there is no kernel \"{series}\"; choose one of {}", KERNELS.join(", "))))
     }
 
-    /// Runs one apt tool in the download directory and returns what it printed.
-    fn run(&self, tool: &str, args: &[&str]) -> Result<String> {
-        let out = Command::new(tool)
-            .args(&self.options)
-            .args(args)
-            .current_dir(self.dir.join("download"))
-            .env("LC_ALL", "C")
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .output()
-            .map_err(|e| format!("cannot run {tool}: {e}"))?;
-        let errors = String::from_utf8_lossy(&out.stderr);
-        if !out.status.success() || errors.lines().any(|l| l.starts_with("E:")) {
-            let line = errors.lines().find(|l| l.starts_with("E:")).unwrap_or("no reason given");
-            return Err(format!("{tool} {} failed ({line}): check the network and the mirror", args.join(" ")));
-        }
-        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    /// The initramfs that ends in a shell.
+    pub(crate) fn shell_image(&self) -> PathBuf {
+        self.folder.join("initramfs-shell.cpio")
     }
 
-    /// Downloads one package and unpacks it into a fresh directory, which is returned.
-    fn unpack(&self, package: &str) -> Result<PathBuf> {
-        println!("guests: fetching {package}");
-        let download = self.dir.join("download");
-        let _ = fs::remove_dir_all(&download);
-        let tree = download.join("tree");
-        fs::create_dir_all(&tree).map_err(|e| format!("cannot create {}: {e}", tree.display()))?;
-        self.run("apt-get", &["-q", "download", package])?;
-        let deb = fs::read_dir(&download)
-            .map_err(|e| format!("cannot read {}: {e}", download.display()))?
-            .flatten()
-            .map(|e| e.path())
-            .find(|p| p.extension().is_some_and(|e| e == "deb"))
-            .ok_or_else(|| format!("apt-get downloaded no file for {package}"))?;
-        let status = Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&tree).status();
-        if !status.is_ok_and(|s| s.success()) {
-            return Err(format!("dpkg-deb cannot unpack {}: delete target/guests and try again", deb.display()));
-        }
-        Ok(tree)
+    /// The initramfs that does the standard work and powers off.
+    pub(crate) fn script_image(&self) -> PathBuf {
+        self.folder.join("initramfs-script.cpio")
     }
 }
 
-/// The text of every sources file of the machine, with whether it is in the deb822 format.
-fn read_machine_sources() -> Vec<(bool, String)> {
-    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
-    if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
-        files.extend(entries.flatten().map(|e| e.path()));
+/// Fetches and builds what is missing, and says where it is.
+pub(crate) fn run() -> Result<ExitCode> {
+    let guests = fetch()?;
+    for series in KERNELS {
+        let version = fs::read_to_string(guests.folder.join(series).join("VERSION")).unwrap_or_default();
+        println!("linux {series}: {} (package version {})", shown(&guests.kernel(series)?), version.trim());
     }
-    files.sort();
-    files
-        .iter()
-        .filter_map(|f| Some((f.extension().is_some_and(|e| e == "sources"), fs::read_to_string(f).ok()?)))
-        .collect()
+    println!("initramfs: {} and {}", shown(&guests.shell_image()), shown(&guests.script_image()));
+    Ok(ExitCode::SUCCESS)
 }
 
-/// One-line sources for the guests' release, derived from the Debian entries among `files`.
-fn derive_sources(files: &[(bool, String)]) -> Vec<String> {
-    let mut out = Vec::new();
-    for (deb822, text) in files {
-        let entries = if *deb822 { parse_deb822(text) } else { text.lines().filter_map(parse_line).collect() };
-        for entry in entries {
-            let Some(kind) = entry.suites.iter().find_map(|s| debian_suite(s)) else { continue };
-            if !entry.components.iter().any(|c| c == "main") {
-                continue;
-            }
-            // The only i386 package is busybox, which the main archive has.
-            let (arches, suites): (&str, &[&str]) = match kind {
-                SuiteKind::Security => ("amd64", &["-security"]),
-                SuiteKind::Main => ("amd64,i386", &["", "-updates", "-backports"]),
-            };
-            let signed = entry.signed_by.as_ref().map_or(String::new(), |k| format!(" signed-by={k}"));
-            for uri in &entry.uris {
-                for suffix in suites {
-                    let line = format!("deb [arch={arches}{signed}] {uri} {RELEASE}{suffix} main");
-                    if !out.contains(&line) {
-                        out.push(line);
-                    }
-                }
-            }
+/// Makes sure that all guests are in the cache.
+///
+/// # Errors
+/// A tool, the mirror or the network is missing; the sentence names it.
+pub(crate) fn fetch() -> Result<Guests> {
+    let folder = host::guests_dir();
+    fs::create_dir_all(&folder).doing(format!("cannot create {}", shown(&folder)))?;
+    remove_leftovers(&folder)?;
+    let kernels: Vec<_> = KERNELS.into_iter().filter(|series| !complete(&folder, series)).collect();
+    let busybox_missing = !complete(&folder, "busybox");
+    if !kernels.is_empty() || busybox_missing {
+        host::need_tool("dpkg-deb", "dpkg", "unpack Debian packages")?;
+        eprintln!("fetching Debian packages for the guests (once)");
+        let work = Work::new(&folder)?;
+        let apt = Apt::new(work.path("apt"), &SUITES)?;
+        for series in kernels {
+            fetch_kernel(&apt, &work, series)?;
+        }
+        if busybox_missing {
+            fetch_busybox(&apt, &work)?;
         }
     }
-    out
+    build_images(&folder)?;
+    Ok(Guests { folder })
 }
 
-/// What one configured source offers.
-struct Source {
-    uris: Vec<String>,
-    suites: Vec<String>,
-    components: Vec<String>,
-    signed_by: Option<String>,
+/// True if a folder of the cache is there and made in today's form; VERSION is what every form has to hold.
+fn complete(cache: &Path, name: &str) -> bool {
+    cache.join(name).join("VERSION").is_file()
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum SuiteKind {
-    Main,
-    Security,
+/// A path for people: relative to the repository where possible.
+fn shown(path: &Path) -> String {
+    path.strip_prefix(host::repo()).unwrap_or(path).display().to_string()
 }
 
-/// Whether `suite` names a Debian release, and which archive it lives in.
-fn debian_suite(suite: &str) -> Option<SuiteKind> {
-    let (release, rest) = suite.split_once(['-', '/']).unwrap_or((suite, ""));
-    let known = ["bullseye", "bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing", "unstable"];
-    match rest {
-        _ if !known.contains(&release) => None,
-        "security" => Some(SuiteKind::Security),
-        "" | "updates" | "backports" => Some(SuiteKind::Main),
-        _ => None,
+/// A folder for unfinished things, named after this process and removed with everything in it.
+struct Work {
+    cache: PathBuf,
+    folder: PathBuf,
+}
+
+impl Work {
+    fn new(cache: &Path) -> Result<Self> {
+        let folder = cache.join(format!(".unfinished-{}", std::process::id()));
+        fs::create_dir_all(&folder).doing("cannot create a folder under target/guests")?;
+        Ok(Self { cache: cache.to_path_buf(), folder })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Moves a finished folder into the cache, in place of an incomplete one. Another process that finished first has
+    /// made the same.
+    fn finish(&self, ready: &Path, name: &str) -> Result<()> {
+        let place = self.cache.join(name);
+        if place.exists() && !complete(&self.cache, name) {
+            fs::rename(&place, self.path(&format!("old-{name}"))).doing(format!("cannot replace {}", shown(&place)))?;
+        }
+        match fs::rename(ready, &place) {
+            Err(_) if complete(&self.cache, name) => Ok(()),
+            other => other.doing(format!("cannot move {name} into target/guests")),
+        }
     }
 }
 
-fn words(text: &str) -> Vec<String> {
-    text.split_whitespace().map(str::to_owned).collect()
-}
-
-/// One `deb [options] uri suite component...` line.
-fn parse_line(line: &str) -> Option<Source> {
-    let rest = line.split('#').next()?.trim().strip_prefix("deb ")?.trim();
-    let (options, rest) = match rest.strip_prefix('[') {
-        Some(r) => r.split_once(']')?,
-        None => ("", rest),
-    };
-    let mut fields = words(rest).into_iter();
-    let signed_by = options.split_whitespace().find_map(|o| o.strip_prefix("signed-by=")).map(str::to_owned);
-    Some(Source { uris: vec![fields.next()?], suites: vec![fields.next()?], components: fields.collect(), signed_by })
-}
-
-/// The stanzas of a deb822 file that are enabled and offer binary packages.
-fn parse_deb822(text: &str) -> Vec<Source> {
-    let body: String = text.lines().filter(|l| !l.starts_with('#')).map(|l| format!("{}\n", l.trim_end())).collect();
-    body.split("\n\n")
-        .filter_map(|stanza| {
-            let field = |name: &str| {
-                stanza.lines().find_map(|l| {
-                    let (key, value) = l.split_once(':')?;
-                    key.eq_ignore_ascii_case(name).then(|| value.trim().to_owned())
-                })
-            };
-            let enabled = field("Enabled").is_none_or(|v| v != "no");
-            (enabled && words(&field("Types")?).iter().any(|t| t == "deb")).then_some(())?;
-            Some(Source {
-                uris: words(&field("URIs")?),
-                suites: words(&field("Suites")?),
-                components: words(&field("Components")?),
-                signed_by: field("Signed-By").filter(|k| k.starts_with('/')),
-            })
-        })
-        .collect()
-}
-
-/// Fetches the kernel image that the cloud metapackage of `suite` depends on.
-fn fetch_kernel(apt: &Apt, guests: &Path, version: &str, suite: &str) -> Result<()> {
-    let shown = apt.run("apt-cache", &["show", "linux-image-cloud-amd64"])?;
-    let prefix = format!("linux-image-{version}.");
-    let image = shown
-        .lines()
-        .filter_map(|l| l.strip_prefix("Depends: "))
-        .flat_map(|d| d.split([',', ' ']))
-        .find(|p| p.starts_with(&prefix))
-        .ok_or_else(|| format!("the mirror has no {version} cloud kernel in {suite}: use a full Debian mirror"))?;
-    let boot = apt.unpack(image)?.join("boot");
-    let made = apt.dir.join("download").join(version);
-    fs::create_dir_all(&made).map_err(|e| format!("cannot create {}: {e}", made.display()))?;
-    for (prefix, name) in KERNEL_FILES {
-        let file = find_prefixed(&boot, prefix).ok_or_else(|| format!("the package {image} has no {prefix} file"))?;
-        fs::copy(&file, made.join(name)).map_err(|e| format!("cannot copy {}: {e}", file.display()))?;
+impl Drop for Work {
+    fn drop(&mut self) {
+        // What stays after a failure here is found and removed by the next run.
+        let _ = fs::remove_dir_all(&self.folder);
     }
-    let target = guests.join(version);
-    let _ = fs::remove_dir_all(&target);
-    fs::rename(&made, &target).map_err(|e| format!("cannot create {}: {e}", target.display()))
 }
 
-fn find_prefixed(dir: &Path, prefix: &str) -> Option<PathBuf> {
-    let mut found = fs::read_dir(dir).ok()?.flatten().map(|e| e.path());
-    found.find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix)))
+/// Removes what interrupted runs left, that is, unfinished folders whose process is gone.
+fn remove_leftovers(cache: &Path) -> Result<()> {
+    for entry in fs::read_dir(cache).doing("cannot read target/guests")?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(pid) = name.strip_prefix(".unfinished-") else { continue };
+        if !Path::new("/proc").join(pid).exists() {
+            fs::remove_dir_all(entry.path()).doing(format!("cannot remove {}", shown(&entry.path())))?;
+        }
+    }
+    Ok(())
 }
 
-/// Fetches the static busybox of one architecture.
-fn fetch_busybox(apt: &Apt, guests: &Path, arch: &str) -> Result<()> {
-    let tree = apt.unpack(&format!("busybox-static:{arch}"))?;
-    let file = ["bin/busybox", "usr/bin/busybox"]
+/// Fetches one kernel: the meta package names the versioned one, which holds the files.
+fn fetch_kernel(apt: &Apt, work: &Work, series: &str) -> Result<()> {
+    let meta = apt.newest("linux-image-cloud-amd64", &format!("{series}."))?;
+    let image =
+        meta.depends.iter().find(|name| name.starts_with("linux-image-")).ok_or_else(|| {
+            Failure::new(format!("linux-image-cloud-amd64 {} depends on no kernel image", meta.version))
+        })?;
+    let package = apt.newest(image, &meta.version)?;
+    eprintln!("  {} {}", package.name, package.version);
+    let root = unpack(&apt.download(&package, &work.path("packages"))?, &work.path(&format!("root-{series}")))?;
+    let ready = work.path(series);
+    fs::create_dir_all(&ready).doing("cannot create a folder under target/guests")?;
+    let release = package.name.trim_start_matches("linux-image-");
+    for file in ["vmlinuz", "config", "System.map"] {
+        let to = ready.join(file);
+        fs::rename(root.join(format!("boot/{file}-{release}")), &to)
+            .doing(format!("{} does not hold boot/{file}-{release}", package.name))?;
+        // Readable for everybody: the tests run the hypervisor as another user.
+        fs::set_permissions(&to, fs::Permissions::from_mode(0o644)).doing("cannot set a file's permissions")?;
+    }
+    let modules = ["lib/modules", "usr/lib/modules"]
+        .map(|folder| root.join(folder).join(release))
         .into_iter()
-        .map(|p| tree.join(p))
-        .find(|p| p.is_file())
-        .ok_or_else(|| format!("the package busybox-static:{arch} has no busybox"))?;
-    let target = guests.join(format!("busybox-{arch}"));
-    fs::rename(&file, &target).map_err(|e| format!("cannot create {}: {e}", target.display()))
+        .find(|folder| folder.exists())
+        .ok_or_else(|| Failure::new(format!("{} holds no modules", package.name)))?;
+    fs::rename(modules, ready.join("modules")).doing("cannot move the kernel's modules")?;
+    fs::write(ready.join("VERSION"), format!("{}\n", package.version)).doing("cannot write VERSION")?;
+    work.finish(&ready, series)
+}
+
+/// Fetches busybox for both architectures. Debian builds `busybox-static` for each.
+fn fetch_busybox(apt: &Apt, work: &Work) -> Result<()> {
+    let ready = work.path("busybox");
+    fs::create_dir_all(&ready).doing("cannot create a folder under target/guests")?;
+    for (name, package, program) in
+        [("amd64", "busybox-static:amd64", "busybox"), ("i386", "busybox-static:i386", "busybox32")]
+    {
+        let package = apt.newest(package, "")?;
+        eprintln!("  {} {} ({name})", package.name, package.version);
+        fs::write(ready.join("VERSION"), format!("{}\n", package.version)).doing("cannot write VERSION")?;
+        let root = unpack(
+            &apt.download(&package, &work.path(&format!("packages-{name}")))?,
+            &work.path(&format!("root-{name}")),
+        )?;
+        let from = ["bin/busybox", "usr/bin/busybox"]
+            .map(|path| root.join(path))
+            .into_iter()
+            .find(|path| path.exists())
+            .ok_or_else(|| Failure::new(format!("the {name} busybox-static package holds no busybox")))?;
+        fs::rename(from, ready.join(program)).doing("cannot move busybox")?;
+    }
+    work.finish(&ready, "busybox")
+}
+
+/// Unpacks a package into a new folder.
+fn unpack(package: &Path, into: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(into).doing("cannot create a folder under target/guests")?;
+    host::output(Command::new("dpkg-deb").arg("-x").arg(package).arg(into))?;
+    Ok(into.to_path_buf())
+}
+
+/// Builds the images and replaces those in the cache that differ, as they do when a guest script was edited.
+fn build_images(folder: &Path) -> Result<()> {
+    let read = |name: &str| fs::read(folder.join("busybox").join(name)).doing(format!("cannot read {name}"));
+    let programs = Programs { busybox: read("busybox")?, busybox32: read("busybox32")? };
+    for (name, purpose) in [("initramfs-shell.cpio", Purpose::Shell), ("initramfs-script.cpio", Purpose::Exercise)] {
+        let image = initramfs::build(&programs, purpose);
+        let place = folder.join(name);
+        if fs::read(&place).is_ok_and(|old| old == image) {
+            continue;
+        }
+        let unfinished = folder.join(format!(".{name}-{}", std::process::id()));
+        fs::write(&unfinished, &image).doing(format!("cannot write {name}"))?;
+        fs::rename(&unfinished, &place).doing(format!("cannot move {name} into place"))?;
+    }
+    Ok(())
 }
