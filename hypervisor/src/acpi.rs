@@ -3,7 +3,9 @@
 //! Everything lies between 0xe0000 and 1 MiB, where a guest without EFI looks for the RSDP.
 
 use acpi_tables::Aml;
-use acpi_tables::aml::{AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate};
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use vm_memory::{Bytes, GuestAddress};
@@ -74,8 +76,7 @@ fn dsdt() -> Vec<u8> {
     let buses = AddressSpace::new_bus_number(0u16, 255);
     let config = IO::new(0xcf8, 0xcf8, 1, 8);
     let (low, high) = (AddressSpace::new_io(0u16, 0xcf7, None), AddressSpace::new_io(0xd00u16, 0xffff, None));
-    let window =
-        AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, 0xc000_0000u32, 0xfebf_ffff, None);
+    let window = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, 0xc000_0000u32, 0xfebf_ffff, None);
     let crs = ResourceTemplate::new(vec![&buses, &config, &low, &high, &window]);
     let (hid, uid) = (EISAName::new("PNP0A03"), 0u8);
     let prt = Package::new(Vec::new());
@@ -218,8 +219,7 @@ mod tests {
         assert_eq!((sum(&head[..20]), sum(&head)), (0, 0));
         let xsdt = table(u64::from_le_bytes(head[24..32].try_into().unwrap()));
         assert_eq!(sum(&xsdt), 0);
-        let entries: Vec<_> =
-            xsdt[36..].chunks(8).map(|c| table(u64::from_le_bytes(c.try_into().unwrap()))).collect();
+        let entries: Vec<_> = xsdt[36..].chunks(8).map(|c| table(u64::from_le_bytes(c.try_into().unwrap()))).collect();
         assert_eq!(entries.iter().map(|t| &t[..4]).collect::<Vec<_>>(), [b"FACP", b"APIC"]);
         assert!(entries.iter().all(|t| sum(t) == 0));
         assert_eq!(entries[1][44..].chunks(8).take_while(|c| c[0] == 0 && c[1] == 8).count(), 3);

@@ -48,10 +48,14 @@ pub enum MemoryError {
     #[error("guest memory of {0} bytes is not possible: give a multiple of 1 MiB, at most {max} MiB", max = MAX_RAM >> 20)]
     Size(u64),
     /// memfd_create or ftruncate failed.
-    #[error("the host gave no memory file for guest RAM ({0}): free some memory or raise the file size limit (ulimit -f)")]
+    #[error(
+        "the host gave no memory file for guest RAM ({0}): free some memory or raise the file size limit (ulimit -f)"
+    )]
     File(io::Error),
     /// mmap failed.
-    #[error("guest RAM of {0} MiB could not be mapped ({1}): give the guest less memory or raise the address space limit (ulimit -v)")]
+    #[error(
+        "guest RAM of {0} MiB could not be mapped ({1}): give the guest less memory or raise the address space limit (ulimit -v)"
+    )]
     Map(u64, MmapRegionError),
     /// The regions were refused.
     #[error("guest RAM could not be laid out: {0}; this is a defect of the hypervisor, please report it")]
@@ -157,7 +161,11 @@ mod tests {
         assert!(ram.address_in_range(GuestAddress(HIGH_RAM_START + (2 << 30) - 1)));
         assert!(!ram.address_in_range(GuestAddress(HIGH_RAM_START + (2 << 30))));
         ram.write_obj(7_u8, GuestAddress(LOW_RAM_END - 1)).unwrap();
-        assert_eq!(ram.read_obj::<u8>(GuestAddress(HIGH_RAM_START)).unwrap(), 0, "the two parts must not overlap in the file");
+        assert_eq!(
+            ram.read_obj::<u8>(GuestAddress(HIGH_RAM_START)).unwrap(),
+            0,
+            "the two parts must not overlap in the file"
+        );
         let parts: Vec<_> = ram.iter().map(|r| (r.start_addr().0, r.len())).collect();
         assert_eq!(parts, layout(5 << 30));
         for part in ram.iter() {

@@ -83,7 +83,9 @@ impl Terminal {
             make_raw();
         }
         let wake_fd = wake.as_raw_fd();
-        let thread = std::thread::Builder::new().name("terminal".into()).spawn(move || watch(input, &signals, wake_fd, &handle))?;
+        let thread = std::thread::Builder::new()
+            .name("terminal".into())
+            .spawn(move || watch(input, &signals, wake_fd, &handle))?;
         Ok(Self { wake, thread: Some(thread) })
     }
 }

@@ -34,8 +34,10 @@ pub fn rdtsc() -> u64 {
 pub fn tsc_khz() -> u32 {
     static KHZ: OnceLock<u32> = OnceLock::new();
     *KHZ.get_or_init(|| {
-        from_cpuid().filter(|&khz| agrees(khz, measure(CHECK))).unwrap_or_else(|| measure(MEASURE)).clamp(1, u32::MAX.into())
-            as u32
+        from_cpuid()
+            .filter(|&khz| agrees(khz, measure(CHECK)))
+            .unwrap_or_else(|| measure(MEASURE))
+            .clamp(1, u32::MAX.into()) as u32
     })
 }
 

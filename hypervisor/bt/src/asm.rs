@@ -241,6 +241,12 @@ impl Asm {
         self.rr(false, &[0x8b], d.0, s);
     }
 
+    /// 16-bit move, which leaves the rest of `d` alone.
+    pub(crate) fn mov16(&mut self, d: H, s: H) {
+        self.b(&[0x66]);
+        self.rr(false, &[0x8b], d.0, s);
+    }
+
     pub(crate) fn movzx16(&mut self, d: H, s: H) {
         self.rr(false, &[0x0f, 0xb7], d.0, s);
     }

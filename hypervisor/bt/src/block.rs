@@ -238,6 +238,8 @@ pub(crate) struct Site {
     pub(crate) align: u16,
     /// An x87 instruction that waits for pending exceptions first.
     pub(crate) x87: bool,
+    /// A store that an unmasked floating-point exception of the same instruction prevents.
+    pub(crate) late_fault: bool,
     /// Masked vector access: only some of the operand's bytes are touched.
     pub(crate) masked: bool,
     pub(crate) seg: u8,

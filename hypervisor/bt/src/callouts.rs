@@ -99,8 +99,10 @@ pub(crate) unsafe extern "sysv64" fn commit(e: *mut Engine, site: u32) -> Back {
     // SAFETY: as in `mem`.
     let e = unsafe { &mut *e };
     let s = e.tables.sites[site as usize];
-    e.commit_bounce();
-    Back::resume(0, s.simd)
+    match e.commit_bounce() {
+        Ok(()) => Back::resume(0, s.simd),
+        Err(exc) => e.raise_and_go(exc, s.rip),
+    }
 }
 
 /// Carry out one instruction.

@@ -133,6 +133,8 @@ pub(crate) struct Engine {
     pub(crate) large: [(u32, WordMap<u64, ()>); 3],
     /// Where the operand in the bounce buffer goes.
     pub(crate) bounce: softmmu::BounceTarget,
+    /// Legacy region and header of the XSAVE image before an instruction whose fault was put off.
+    pub(crate) before_fault: [u8; 576],
 
     pub(crate) asm: Asm,
     pub(crate) info: InstructionInfoFactory,
@@ -198,6 +200,7 @@ impl Engine {
             jc_local: std::array::from_fn(|_| vec![false; JC_ENTRIES]),
             large: [21, 22, 30].map(|shift| (shift, WordMap::default())),
             bounce: softmmu::BounceTarget::default(),
+            before_fault: [0; 576],
             asm: Asm::new(),
             info: InstructionInfoFactory::new(),
             decoded: Vec::with_capacity(64),

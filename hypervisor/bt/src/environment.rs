@@ -108,7 +108,7 @@ fn device_parts(gpa: u64, len: usize) -> impl Iterator<Item = (usize, usize)> {
         }
         let here = gpa + at as u64;
         let mut n = 8;
-        while n > len - at || here % n as u64 != 0 {
+        while n > len - at || !here.is_multiple_of(n as u64) {
             n /= 2;
         }
         let part = (at, n);

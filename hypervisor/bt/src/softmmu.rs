@@ -3,7 +3,6 @@
 
 use crate::block::{BlockId, Site};
 use crate::engine::Engine;
-use crate::fetch::CodePage;
 use crate::state::{JC_ENTRIES, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_ntag};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::{Env, Exception, Seg, ea};
@@ -36,6 +35,9 @@ pub(crate) struct BounceTarget {
     at: usize,
     /// Bytes to write, for masked vector stores; else all.
     active: Option<u64>,
+    /// The store faults, unless the instruction turns out not to store because of an exception of its own: the fault, and the
+    /// x87/SSE state from before.
+    fault: Option<Exception>,
 }
 
 impl Engine {
@@ -45,7 +47,7 @@ impl Engine {
         let size = u64::from(s.size);
         if s.masked && self.active_bytes(s) == Some(0) {
             // Nothing is touched, so nothing about the address matters.
-            self.bounce = BounceTarget { pieces: [Piece::default(); 2], at: 0, active: Some(0) };
+            self.bounce = BounceTarget { pieces: [Piece::default(); 2], at: 0, active: Some(0), fault: None };
             return Ok(Resolved::Bounced(self.shared().bounce.0.as_ptr() as u64));
         }
         if s.align > 1 && la & u64::from(s.align - 1) != 0 {
@@ -62,6 +64,7 @@ impl Engine {
         let t = match mmu::walk(st, self, la, Access::current(st, kind)) {
             Ok(t) => t,
             Err(exc) if s.masked => return self.masked_access(la, s, kind, exc),
+            Err(exc) if s.late_fault => return Ok(self.fault_late(exc)),
             Err(exc) => return Err(exc),
         };
         let page = t.gpa & !0xfff;
@@ -123,6 +126,7 @@ impl Engine {
         let pieces = match self.pieces(la, usize::from(s.size), kind) {
             Ok(p) => p,
             Err(exc) if s.masked => return self.masked_access(la, s, kind, exc),
+            Err(exc) if s.late_fault => return Ok(self.fault_late(exc)),
             Err(exc) => return Err(exc),
         };
         self.load_bounce(pieces, s, la as usize & 63)
@@ -139,7 +143,7 @@ impl Engine {
             }
         }
         self.stats.bounced += 1;
-        self.bounce = BounceTarget { pieces, at: start, active: None };
+        self.bounce = BounceTarget { pieces, at: start, active: None, fault: None };
         let buf = &mut self.shared().bounce.0;
         let mut at = start;
         for p in pieces.iter().filter(|p| p.len > 0) {
@@ -153,9 +157,26 @@ impl Engine {
         Ok(Resolved::Bounced(buf[start..].as_ptr() as u64))
     }
 
-    /// Writes the bounce buffer to where it belongs.
-    pub(crate) fn commit_bounce(&mut self) {
-        let BounceTarget { pieces, at: start, active } = self.bounce;
+    /// Lets an x87 store run on the bounce buffer to see whether it would store at all before its fault is raised.
+    fn fault_late(&mut self, exc: Exception) -> Resolved {
+        let before = &self.cpu().xsave.0[..self.before_fault.len()];
+        self.before_fault.copy_from_slice(before);
+        self.bounce = BounceTarget { fault: Some(exc), ..BounceTarget::default() };
+        Resolved::Bounced(self.shared().bounce.0.as_ptr() as u64)
+    }
+
+    /// Writes the bounce buffer to where it belongs, or gives the fault that was put off.
+    pub(crate) fn commit_bounce(&mut self) -> Result<(), Exception> {
+        if let Some(exc) = self.bounce.fault.take() {
+            let st = self.cpu();
+            // FSW.ES: an unmasked exception kept the instruction from storing.
+            if st.xsave.0[2] & 0x80 != 0 {
+                return Ok(());
+            }
+            st.xsave.0[..self.before_fault.len()].copy_from_slice(&self.before_fault);
+            return Err(exc);
+        }
+        let BounceTarget { pieces, at: start, active, .. } = self.bounce;
         let buf = self.shared().bounce.0;
         let mut at = start;
         for p in pieces.iter().filter(|p| p.len > 0) {
@@ -169,6 +190,7 @@ impl Engine {
             }
             at += p.len;
         }
+        Ok(())
     }
 
     /// A masked vector access faulted as a whole: only its active bytes count (SDM vol. 1, section 15.6.4).
@@ -213,7 +235,7 @@ impl Engine {
         // A piece that is not there still takes its place in the buffer.
         let place = |n: usize, len: usize| if pieces[n].len > 0 { pieces[n] } else { Piece { gpa: 0, len } };
         let pieces = [place(0, first), place(1, size - first)];
-        self.bounce = BounceTarget { pieces, at: start, active: Some(active) };
+        self.bounce = BounceTarget { pieces, at: start, active: Some(active), fault: None };
         Ok(Resolved::Bounced(buf.as_ptr() as u64))
     }
 
@@ -277,7 +299,7 @@ impl Engine {
 
     /// A block was made from a page: stores into it must be noticed from now on.
     pub(crate) fn watch_page(&mut self, page: u64, id: BlockId) {
-        let p = self.pages.entry(page).or_insert_with(CodePage::default);
+        let p = self.pages.entry(page).or_default();
         p.blocks.push(id);
         if p.blocks.len() > 1 {
             return;

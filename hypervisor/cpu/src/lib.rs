@@ -38,4 +38,5 @@ mod testkit;
 
 pub use env::{Bus, BusOutcome, Env, TlbFlush};
 pub use exit::{Exception, PageFaultCode, Step, StopReason, VcpuExit};
+pub use masked::is_masked_store;
 pub use state::{CpuState, Reg, Seg, Segment, TableReg};

@@ -27,6 +27,16 @@ pub fn active_bytes(st: &CpuState, i: &Instruction) -> Option<MaskedAccess> {
     legacy(st, i).or_else(|| evex(st, i))
 }
 
+/// Whether `i` is a store under a vector mask or an opmask.
+pub fn is_masked_store(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    match i.mnemonic() {
+        M::Maskmovdqu | M::Vmaskmovdqu | M::Maskmovq => true,
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => i.op0_kind() == OpKind::Memory,
+        _ => i.has_op_mask() && i.op0_kind() == OpKind::Memory,
+    }
+}
+
 /// Sets `element` bytes for each set bit of the low `n` bits of `active`.
 fn spread(active: u64, n: usize, element: usize) -> u64 {
     let unit = low_bits(element);
@@ -89,6 +99,10 @@ pub(crate) fn emulate<E: Env + ?Sized>(
     };
     let chosen = |n: &u64| active.bytes >> n & 1 != 0;
     let store = |st: &mut CpuState, env: &mut E| {
+        // The address must be canonical even if no byte is chosen.
+        for n in [0, active.size as u64 - 1] {
+            address(st, n)?;
+        }
         // All pages are checked before the first byte is stored.
         for n in (0..active.size as u64).filter(chosen) {
             let at = address(st, n)?;

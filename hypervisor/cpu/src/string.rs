@@ -188,6 +188,17 @@ pub(crate) fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instr
         // Permission is checked even when there is nothing to transfer.
         system::check_io(st, env, st.gpr[Reg::Rdx as usize] as u16, op.bytes as u8)?;
     }
+    if op.bits == 32 && st.code64() {
+        // The count is 32 bits wide, and its upper half is gone even if nothing is transferred. With MOVS and STOS the
+        // addresses lose theirs as well (seen on the host; the manuals leave it open).
+        st.gpr[Reg::Rcx as usize] &= 0xffff_ffff;
+        if matches!(op.kind, Kind::Movs | Kind::Stos) {
+            st.gpr[Reg::Rdi as usize] &= 0xffff_ffff;
+        }
+        if op.kind == Kind::Movs {
+            st.gpr[Reg::Rsi as usize] &= 0xffff_ffff;
+        }
+    }
     let mut budget = match op.kind {
         _ if st.rflags & rflags::TF != 0 => 1, // single-step traps come after every iteration
         Kind::Ins | Kind::Outs => IO_BUDGET,

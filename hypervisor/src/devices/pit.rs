@@ -236,7 +236,8 @@ impl Pit {
                 }
                 if v & 0x10 == 0 && c.status.is_none() {
                     let null = u8::from(!c.loaded) << 6;
-                    c.status = Some(u8::from(c.output(now)) << 7 | null | c.access << 4 | c.mode << 1 | u8::from(c.bcd));
+                    c.status =
+                        Some(u8::from(c.output(now)) << 7 | null | c.access << 4 | c.mode << 1 | u8::from(c.bcd));
                 }
             }
             return false;

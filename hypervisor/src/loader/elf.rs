@@ -81,7 +81,8 @@ impl<'a> Elf<'a> {
         for s in self.segments.iter().filter(|s| s.kind == 1 && s.memsz > 0) {
             let bytes = self.bytes(s)?;
             let end = s.paddr.checked_add(s.memsz.max(bytes.len() as u64));
-            let end = end.filter(|&e| e <= low_ram_end(mem)).ok_or(LoadError::DoesNotFit("a segment lies beyond its end"))?;
+            let end =
+                end.filter(|&e| e <= low_ram_end(mem)).ok_or(LoadError::DoesNotFit("a segment lies beyond its end"))?;
             if s.paddr < 0x10_0000 {
                 return Err(LoadError::Damaged("a segment lies below 1 MiB, where boot data goes"));
             }

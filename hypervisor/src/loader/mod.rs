@@ -45,7 +45,9 @@ pub enum LoadError {
     #[error("the kernel does not fit into guest memory ({0}); give the guest more with --memory")]
     DoesNotFit(&'static str),
     /// The initrd cannot be placed.
-    #[error("the initrd of {0} MiB does not fit into guest memory beside the kernel; give the guest more with --memory")]
+    #[error(
+        "the initrd of {0} MiB does not fit into guest memory beside the kernel; give the guest more with --memory"
+    )]
     InitrdDoesNotFit(u64),
     /// The command line is too long or has a NUL.
     #[error("the kernel command line must be at most {max} bytes without a NUL, and this one is not; shorten it")]
@@ -54,7 +56,9 @@ pub enum LoadError {
         max: usize,
     },
     /// An old boot protocol.
-    #[error("the kernel speaks boot protocol {0}, and 2.06 is the oldest that works; use a kernel from 2.6.22 or later")]
+    #[error(
+        "the kernel speaks boot protocol {0}, and 2.06 is the oldest that works; use a kernel from 2.6.22 or later"
+    )]
     OldProtocol(String),
 }
 
@@ -188,7 +192,12 @@ mod tests {
     fn damaged_images_never_panic() {
         let mem = memory::create(32 << 20).unwrap();
         let mut rng = Rng(0x9e37_79b9_7f4a_7c15);
-        for image in [bzimage::tests::image(), pvh::tests::image(), multiboot::tests::image(true), multiboot::tests::image(false)] {
+        for image in [
+            bzimage::tests::image(),
+            pvh::tests::image(),
+            multiboot::tests::image(true),
+            multiboot::tests::image(false),
+        ] {
             try_load(&mem, &image).unwrap();
             for len in 0..image.len().min(1200) {
                 let _ = try_load(&mem, &image[..len]);

@@ -40,8 +40,7 @@ pub(super) fn load(mem: &GuestRam, boot: &Boot<'_>, st: &mut CpuState) -> Result
     if flags & 0xffff & !(PAGE_ALIGN | MEMORY_INFO) != 0 {
         return Err(LoadError::Damaged("its multiboot header demands features that do not exist here"));
     }
-    let (entry, top) =
-        if flags & ADDRESS_FIELDS != 0 { load_by_addresses(mem, f, at)? } else { load_elf(mem, f)? };
+    let (entry, top) = if flags & ADDRESS_FIELDS != 0 { load_by_addresses(mem, f, at)? } else { load_elf(mem, f)? };
     let cmdline = put_cmdline(mem, boot.cmdline, CMDLINE_MAX)?;
     let mut info = [0u32; 29];
     // Memory sizes, command line, memory map, loader name; modules when there are any.
@@ -94,11 +93,8 @@ fn load_by_addresses(mem: &GuestRam, f: &[u8], at: usize) -> Result<(u64, u64), 
     // Where the byte that goes to load_addr is in the file.
     let start = (header_addr.checked_sub(load_addr)).and_then(|d| at.checked_sub(d as usize));
     let Some(start) = start else { return Err(nonsense) };
-    let len = if load_end == 0 {
-        f.len().checked_sub(start)
-    } else {
-        load_end.checked_sub(load_addr).map(|n| n as usize)
-    };
+    let len =
+        if load_end == 0 { f.len().checked_sub(start) } else { load_end.checked_sub(load_addr).map(|n| n as usize) };
     let bytes = len.and_then(|n| f.get(start..start.checked_add(n)?)).ok_or(nonsense)?;
     let end = u64::from(load_addr) + bytes.len() as u64;
     let top = end.max(u64::from(bss_end));

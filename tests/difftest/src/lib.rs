@@ -216,6 +216,12 @@ impl<'a> Tester<'a> {
             // A packed-decimal store across a page is done in pieces.
             t.partial_store = i.mnemonic() == Mnemonic::Fbstp;
             t.mxcsr_flags = i.mnemonic() == Mnemonic::Vcvtps2ph;
+            // A masked store that touches two pages may report either, and any active byte in it; it may have stored to the other
+            // page (SDM vol. 2, MASKMOVDQU; vol. 1, section 15.6.4, speaks of elements only).
+            // The same goes for the x87 state image, which is stored field by field.
+            t.masked_store =
+                paravane_cpu::is_masked_store(i) || matches!(i.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv);
+            t.partial_store |= t.masked_store;
         }
         t
     }

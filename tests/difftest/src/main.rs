@@ -169,6 +169,7 @@ fn print_coverage() {
     println!(
         "  x87 instruction and data pointers and last opcode (see --x87-pointers): they hold addresses of translated code"
     );
+    println!("  at a faulting masked store: which active byte CR2 names, and whether other pages were stored to");
     println!("  at a faulting gather or scatter: which elements are done, and which of several faults is raised");
     println!("  at a faulting MMX access: x87 TOP and tags; at a faulting VCVTPS2PH: MXCSR exception flags");
     println!("  at a faulting FBSTP across pages: memory");

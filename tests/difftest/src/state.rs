@@ -183,6 +183,8 @@ pub struct Tolerance {
     pub mmx_transition: bool,
     /// Memory may differ (a faulting store that is done in pieces).
     pub partial_store: bool,
+    /// The address and error code of a page fault may differ (masked stores).
+    pub masked_store: bool,
     /// MXCSR's exception flags may differ.
     pub mxcsr_flags: bool,
     /// The x87 instruction and data pointers and the last opcode are compared too.
@@ -204,7 +206,10 @@ pub fn first_difference(native: &Outcome, engine: &Outcome, tol: Tolerance) -> O
     ];
     // A partial gather may stop at another element, whose fault may be of another kind.
     let other_element = tol.partial_vector && native.regs.rip == engine.regs.rip && matches!(engine.vector, 12..=14);
-    if let Some((name, a, b)) = pairs.iter().find(|(n, a, b)| a != b && !(other_element && is_fault_detail(n))) {
+    let other_byte = tol.masked_store && native.regs.rip == engine.regs.rip && native.vector == engine.vector;
+    if let Some((name, a, b)) =
+        pairs.iter().find(|(n, a, b)| a != b && !((other_element || other_byte) && is_fault_detail(n)))
+    {
         return Some(format!("{name}: native {a:#x}, engine {b:#x}"));
     }
     for (name, (a, b)) in GPR_NAMES.iter().zip(native.regs.gpr.iter().zip(&engine.regs.gpr)) {

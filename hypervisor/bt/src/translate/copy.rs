@@ -1,5 +1,6 @@
 //! Copied instructions: registers mapped to their homes, the memory operand redirected, everything else as it was.
 
+use super::classify::{Unit, unit_of};
 use super::memory::{Access, Ea, Loc, MemOp};
 use super::{Pending, Translator};
 use crate::asm::{H, M};
@@ -89,6 +90,8 @@ impl Translator<'_> {
         }
         used |= implicit_hosts(i);
         real_rcx |= high && names_rcx;
+        // RSP's home needs REX, which a high-byte register forbids: MOVZX and MOVSX go through RCX then.
+        let rsp_by_rcx = high && loc.is_none() && used & (1 << H::R14.0) != 0;
         let (mut rcx_read, mut rcx_write) = implicit;
         if count > 0 || (real_rcx && names_rcx) {
             let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
@@ -182,6 +185,7 @@ impl Translator<'_> {
                     let Some((g, w)) = gpr_of(i.op_register(n)) else { continue };
                     let host = match home(g) {
                         _ if g == 1 && real_rcx => rcx_host,
+                        Home::Host(H::R14) if rsp_by_rcx => H::RCX,
                         Home::Host(h) => h,
                         Home::Spilled(_) => {
                             let k = temps[..count].iter().position(|t| t.guest == g).unwrap_or(0);
@@ -212,7 +216,12 @@ impl Translator<'_> {
                 self.asm.store(M::gs(off::gpr(temps[k].guest)), place[k]);
             }
         }
-        if real_rcx && rcx_write {
+        if rsp_by_rcx {
+            match i.op0_register().size() {
+                2 => self.asm.mov16(H::R14, H::RCX),
+                _ => self.asm.mov32(H::R14, H::RCX),
+            }
+        } else if real_rcx && rcx_write {
             self.asm.mov(H::R13, rcx_host);
         }
         if let Some(h) = borrowed {
@@ -354,7 +363,7 @@ fn required_alignment(i: &Instruction, size: u16) -> u16 {
         | Mn::Pcmpistrm
         | Mn::Pcmpestri64
         | Mn::Pcmpestrm64 => 0,
-        _ if legacy && size == 16 && i.op0_register().is_xmm() => 16,
+        _ if legacy && size == 16 && unit_of(i.code()) != Unit::Integer => 16,
         _ => 0,
     }
 }

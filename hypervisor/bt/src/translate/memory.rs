@@ -249,6 +249,7 @@ impl Translator<'_> {
             stack: acc.ea.is_stack(),
             simd: self.simd,
             x87: matches!(&op, MemOp::Guest(i) if waits_for_x87(i)),
+            late_fault: acc.write && matches!(&op, MemOp::Guest(i) if stores_after_exceptions(i)),
             masked: acc.masked,
             align: acc.align,
             seg: acc.ea.seg,
@@ -404,4 +405,10 @@ fn waits_for_x87(i: &Instruction) -> bool {
     use iced_x86::Mnemonic as Mn;
     unit_of(i.code()) == Unit::X87
         && !matches!(i.mnemonic(), Mn::Fnstcw | Mn::Fnstsw | Mn::Fnstenv | Mn::Fnsave | Mn::Fninit | Mn::Fnclex)
+}
+
+/// Whether an instruction computes, and may raise an exception, before it stores.
+fn stores_after_exceptions(i: &Instruction) -> bool {
+    use iced_x86::Mnemonic as Mn;
+    matches!(i.mnemonic(), Mn::Fst | Mn::Fstp | Mn::Fist | Mn::Fistp | Mn::Fisttp | Mn::Fbstp | Mn::Vcvtps2ph)
 }
