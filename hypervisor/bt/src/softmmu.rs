@@ -63,7 +63,7 @@ impl Engine {
         }
         let t = match mmu::walk(st, self, la, Access::current(st, kind)) {
             Ok(t) => t,
-            Err(exc) if s.masked => return self.masked_access(la, s, kind, exc),
+            Err(exc) if s.masked => return self.masked_or_late(la, s, kind, exc),
             Err(exc) if s.late_fault => return Ok(self.fault_late(exc)),
             Err(exc) => return Err(exc),
         };
@@ -125,7 +125,7 @@ impl Engine {
     fn bounce_access(&mut self, la: u64, s: &Site, kind: AccessKind) -> Result<Resolved, Exception> {
         let pieces = match self.pieces(la, usize::from(s.size), kind) {
             Ok(p) => p,
-            Err(exc) if s.masked => return self.masked_access(la, s, kind, exc),
+            Err(exc) if s.masked => return self.masked_or_late(la, s, kind, exc),
             Err(exc) if s.late_fault => return Ok(self.fault_late(exc)),
             Err(exc) => return Err(exc),
         };
@@ -191,6 +191,13 @@ impl Engine {
             at += p.len;
         }
         Ok(())
+    }
+
+    fn masked_or_late(&mut self, la: u64, s: &Site, kind: AccessKind, exc: Exception) -> Result<Resolved, Exception> {
+        match self.masked_access(la, s, kind, exc) {
+            Err(exc) if s.late_fault => Ok(self.fault_late(exc)),
+            r => r,
+        }
     }
 
     /// A masked vector access faulted as a whole: only its active bytes count (SDM vol. 1, section 15.6.4).

@@ -103,6 +103,12 @@ pub(crate) fn emulate<E: Env + ?Sized>(
         for n in [0, active.size as u64 - 1] {
             address(st, n)?;
         }
+        // With no byte chosen, page faults are raised all the same on the host CPUs seen (SDM vol. 2, MASKMOVDQU, permits both).
+        let none = active.bytes == 0;
+        for n in [0, active.size as u64 - 1].into_iter().filter(|_| none) {
+            let at = address(st, n)?;
+            mem::probe_write(st, env, at, 1, mem::Privilege::Current)?;
+        }
         // All pages are checked before the first byte is stored.
         for n in (0..active.size as u64).filter(chosen) {
             let at = address(st, n)?;
