@@ -52,11 +52,13 @@ kill $!
 wait $!
 echo "T kill $?"
 
-# The clock: two seconds of sleep must be two seconds of the guest's own clock.
-before=$(cut -d. -f1 /proc/uptime)
-sleep 2
-after=$(cut -d. -f1 /proc/uptime)
-echo "T sleep $(((after - before) >= 2 && (after - before) <= 4))"
+# The clock: two seconds of sleep must be two seconds of the guest's own clock. A benchmark times work, not waiting.
+if ! grep -q paravane.bench /proc/cmdline; then
+    before=$(cut -d. -f1 /proc/uptime)
+    sleep 2
+    after=$(cut -d. -f1 /proc/uptime)
+    echo "T sleep $(((after - before) >= 2 && (after - before) <= 4))"
+fi
 
 # 32-bit user space: a static i386 program, its arithmetic, its forks and pipes.
 if [ -x /bin/busybox32 ]; then

@@ -101,13 +101,13 @@ impl Guest {
         (ticks(11) + ticks(12)) / TICKS_PER_SECOND
     }
 
-    /// Resident memory in bytes: guest RAM (mappings of the memfd "guest-ram") and everything else. A page of guest RAM
-    /// counts once for every view that has it mapped.
+    /// Resident memory in bytes: guest RAM (mappings of the memfd "guest-ram") and everything else. Proportional sizes
+    /// (Pss) are summed, so that a page counts once however many views of it are mapped.
     pub(crate) fn resident(&self) -> (u64, u64) {
         let text = fs::read_to_string(self.proc("smaps")).unwrap_or_default();
         let (mut guest, mut other, mut in_guest) = (0, 0, false);
         for line in text.lines() {
-            if let Some(size) = line.strip_prefix("Rss:") {
+            if let Some(size) = line.strip_prefix("Pss:") {
                 let size = 1024 * size.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0);
                 *(if in_guest { &mut guest } else { &mut other }) += size;
             } else if line.split_whitespace().next().is_some_and(|word| !word.ends_with(':')) {
