@@ -10,6 +10,7 @@ pub mod devices;
 pub mod engine;
 pub mod loader;
 pub mod memory;
+pub mod output;
 pub mod terminal;
 pub mod timer;
 pub mod tsc;

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 /// A hypervisor that needs no root, no kernel module and no /dev/kvm.
 #[derive(Parser)]
-#[command(name = "paravane", version, about, arg_required_else_help = true)]
+#[command(name = "paravane", version, about, arg_required_else_help = true, args_override_self = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -33,7 +33,7 @@ Exit status:
   11   the guest crashed by a triple fault
   12   the guest asked for a reset
   n    with --debug-exit: (value << 1) | 1 for a value written to port 0xf4
-  128+n  stopped by signal n (129 when the terminal was closed)
+  128+n  stopped by signal n (129 when the terminal was closed, 141 when the reader of the output left)
 
 Example:
   paravane run --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0";

@@ -1,20 +1,24 @@
 //! The user's terminal: raw while a guest owns it, and always put back.
 //!
 //! Input goes to the guest byte by byte. Ctrl-A is the escape key: `Ctrl-A x` stops the guest, `Ctrl-A Ctrl-A` sends one
-//! Ctrl-A, `Ctrl-A h` says so. In raw mode Ctrl-C is a byte like any other; SIGINT, SIGTERM and SIGHUP from outside stop
-//! the guest.
+//! Ctrl-A, `Ctrl-A h` says so. In raw mode Ctrl-C is a byte like any other; SIGINT, SIGTERM, SIGHUP and SIGQUIT from outside
+//! stop the guest. SIGTSTP gives the terminal back before the process stops, and SIGCONT takes it again, unless the
+//! process went on in the background, where the terminal is somebody else's.
+//!
+//! Two threads: one watches signals, standard input and the escape key and never waits for anything else; the other hands input to
+//! the guest and waits while the guest does not read. A pipe is not read meanwhile, so that its writer waits too. A terminal
+//! is, for the sake of the escape key; what is typed beyond the queue is dropped.
 #![allow(unsafe_code)] // termios, poll and signalfd.
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
+use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::thread::JoinHandle;
 
 /// What the terminal saw that concerns the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event<'a> {
-    /// Bytes for the guest.
-    Input(&'a [u8]),
+pub enum Event {
     /// The user wants the guest to stop.
     Quit,
     /// A signal asks for it.
@@ -22,6 +26,13 @@ pub enum Event<'a> {
     /// The terminal is gone.
     Hangup,
 }
+
+/// Bytes taken from standard input at a time.
+const CHUNK: usize = 4096;
+/// Chunks that may wait for the guest.
+const CHUNKS: usize = 4;
+/// How often a chunk that found no room is offered again, in ms.
+const RETRY: i32 = 10;
 
 /// Settings to go back to, for whoever ends the process.
 static SAVED: Mutex<Option<libc::termios>> = Mutex::new(None);
@@ -36,21 +47,37 @@ pub fn restore() {
     }
 }
 
+fn is_terminal() -> bool {
+    // SAFETY: takes a number.
+    unsafe { libc::isatty(0) == 1 }
+}
+
+/// Whether the terminal is somebody else's for now: touching it would stop us by SIGTTIN or SIGTTOU.
+fn in_background() -> bool {
+    // SAFETY: plain calls without memory.
+    let (front, own) = unsafe { (libc::tcgetpgrp(0), libc::getpgrp()) };
+    front > 0 && front != own
+}
+
 fn make_raw() {
-    // SAFETY: isatty takes a number; termios is filled by tcgetattr before it is used.
+    // SAFETY: termios is filled by tcgetattr before it is used.
     unsafe {
         let mut t: libc::termios = std::mem::zeroed();
-        if libc::isatty(0) == 0 || libc::tcgetattr(0, &mut t) != 0 {
+        if libc::tcgetattr(0, &mut t) != 0 {
             return;
         }
         if let Ok(mut saved) = SAVED.lock() {
-            *saved = Some(t);
+            // What a shell left us after a stop does not replace what we began with.
+            saved.get_or_insert(t);
         }
         libc::cfmakeraw(&mut t);
         // Output keeps its newline translation, for messages of our own.
         t.c_oflag |= libc::OPOST;
         libc::tcsetattr(0, libc::TCSANOW, &t);
     }
+}
+
+fn restore_on_panic() {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         restore();
@@ -61,42 +88,57 @@ fn make_raw() {
 /// Watches standard input and signals until it is dropped, which also restores the terminal.
 pub struct Terminal {
     wake: OwnedFd,
-    thread: Option<JoinHandle<()>>,
+    watcher: Option<JoinHandle<()>>,
+    feeder: Option<JoinHandle<()>>,
 }
 
 impl Terminal {
-    /// Starts watching. With `input`, standard input is the guest's and a terminal there turns raw. Signals must be blocked in all threads, which
-    /// [`block_signals`] does when it is called before the first thread starts.
+    /// Starts watching. With `input`, standard input is the guest's and a terminal there turns raw; `feed` is given the bytes and may
+    /// block until the guest has read them or the machine stops. `handle` must not block.
+    ///
+    /// Signals must be blocked in all threads, which [`block_signals`] does when it is called before the first thread starts.
+    /// The machine must be stopping before this is dropped.
     ///
     /// # Errors
     /// When the host refuses a descriptor or a thread.
-    pub fn start(input: bool, handle: impl Fn(Event<'_>) + Send + 'static) -> io::Result<Self> {
+    pub fn start(
+        input: bool,
+        feed: impl Fn(&[u8]) + Send + 'static,
+        handle: impl Fn(Event) + Send + 'static,
+    ) -> io::Result<Self> {
         let signals = signal_fd()?;
-        // SAFETY: plain calls; results are checked.
+        // SAFETY: plain call; the result is checked.
         let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
         if wake < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: a fresh descriptor that nothing else owns.
         let wake = unsafe { OwnedFd::from_raw_fd(wake) };
-        if input {
-            make_raw();
-        }
         let wake_fd = wake.as_raw_fd();
-        let thread = std::thread::Builder::new()
-            .name("terminal".into())
-            .spawn(move || watch(input, &signals, wake_fd, &handle))?;
-        Ok(Self { wake, thread: Some(thread) })
+        let mut me = Self { wake, watcher: None, feeder: None };
+        let (to_guest, from_user) = mpsc::sync_channel::<Vec<u8>>(CHUNKS);
+        if input {
+            let thread = std::thread::Builder::new().name("input".into());
+            me.feeder = Some(thread.spawn(move || from_user.iter().for_each(|bytes| feed(&bytes)))?);
+        }
+        let tty = input && is_terminal();
+        if tty {
+            restore_on_panic();
+        }
+        let watch = Watch { input, tty, to_guest, handle };
+        let thread = std::thread::Builder::new().name("terminal".into());
+        me.watcher = Some(thread.spawn(move || watch.run(&signals, wake_fd))?);
+        Ok(me)
     }
 }
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // SAFETY: writes eight bytes of a live local to our own descriptor.
+        // SAFETY: writes eight bytes of a live static to our own descriptor.
         unsafe { libc::write(self.wake.as_raw_fd(), (&raw const ONE).cast(), 8) };
-        if let Some(t) = self.thread.take() {
+        for thread in [self.watcher.take(), self.feeder.take()].into_iter().flatten() {
             // A panic of the thread was reported when it happened.
-            let _ = t.join();
+            let _ = thread.join();
         }
         restore();
     }
@@ -109,7 +151,7 @@ fn signal_set() -> libc::sigset_t {
     unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
-        for s in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+        for s in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT] {
             libc::sigaddset(&mut set, s);
         }
         set
@@ -134,65 +176,131 @@ fn signal_fd() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn watch(input: bool, signals: &OwnedFd, wake: RawFd, handle: &(impl Fn(Event<'_>) + Send)) {
-    let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let mut fds = [poll(wake), poll(signals.as_raw_fd()), poll(if input { 0 } else { -1 })];
-    let mut escape = Escape::default();
-    loop {
-        // SAFETY: an array of initialised pollfd.
-        let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-        if n < 0 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
-            continue;
-        }
-        if n < 0 || fds[0].revents != 0 {
-            return;
-        }
-        if fds[1].revents != 0 {
-            // SAFETY: zeroed is valid for this plain structure; the length is its own.
-            let signal = unsafe {
-                let mut info: libc::signalfd_siginfo = std::mem::zeroed();
-                let len = size_of::<libc::signalfd_siginfo>();
-                libc::read(signals.as_raw_fd(), (&raw mut info).cast(), len);
-                info.ssi_signo as i32
+/// The watching thread.
+struct Watch<H> {
+    /// Standard input is the guest's.
+    input: bool,
+    /// And it is a terminal.
+    tty: bool,
+    to_guest: SyncSender<Vec<u8>>,
+    handle: H,
+}
+
+/// What a read of standard input came to.
+enum Read {
+    Bytes(Vec<u8>),
+    End,
+    Gone,
+    Later,
+}
+
+impl<H: Fn(Event)> Watch<H> {
+    fn run(self, signals: &OwnedFd, wake: RawFd) {
+        let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut open = self.input;
+        let mut ours = self.take_terminal();
+        let mut escape = Escape::default();
+        // Input for which the guest has no room yet.
+        let mut held: Option<Vec<u8>> = None;
+        loop {
+            if let Some(bytes) = held.take() {
+                held = self.offer(bytes);
+            }
+            let listen = open && ours && (self.tty || held.is_none());
+            let mut fds = [poll(wake), poll(signals.as_raw_fd()), poll(if listen { 0 } else { -1 })];
+            // SAFETY: an array of initialised pollfd.
+            let n = unsafe {
+                libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, if held.is_some() { RETRY } else { -1 })
             };
-            handle(Event::Signal(signal));
-            fds[1].fd = -1;
-        }
-        if fds[2].revents != 0 {
-            let mut buf = [0u8; 4096];
-            // SAFETY: reads into a local buffer of this size.
-            let n = unsafe { libc::read(0, buf.as_mut_ptr().cast(), buf.len()) };
-            match n {
-                1.. => {
-                    let (bytes, quit) = escape.filter(&buf[..n as usize]);
-                    if !bytes.is_empty() {
-                        handle(Event::Input(&bytes));
+            if n < 0 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            if n < 0 || fds[0].revents != 0 {
+                return;
+            }
+            if fds[1].revents != 0 {
+                match next_signal(signals) {
+                    libc::SIGTSTP => {
+                        restore();
+                        // SAFETY: stops this process, as the default action of SIGTSTP does.
+                        unsafe { libc::raise(libc::SIGSTOP) };
+                    }
+                    libc::SIGCONT => ours = self.take_terminal(),
+                    signal => (self.handle)(Event::Signal(signal)),
+                }
+            }
+            if fds[2].revents == 0 {
+                continue;
+            }
+            match self.read() {
+                Read::Bytes(bytes) => {
+                    let (bytes, quit) = if self.tty { escape.filter(&bytes) } else { (bytes, false) };
+                    if held.is_none() && !bytes.is_empty() {
+                        held = self.offer(bytes);
                     }
                     if quit {
-                        handle(Event::Quit);
+                        (self.handle)(Event::Quit);
                     }
                 }
                 // The end of a pipe or file is no reason to stop; the guest may have plenty to do.
-                0 if fds[2].revents & libc::POLLHUP == 0 || !is_terminal() => fds[2].fd = -1,
-                _ => {
-                    let again = n < 0
-                        && matches!(
-                            io::Error::last_os_error().kind(),
-                            io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                        );
-                    if !again {
-                        fds[2].fd = -1;
-                        handle(Event::Hangup);
-                    }
+                Read::End => open = false,
+                Read::Gone => {
+                    open = false;
+                    (self.handle)(Event::Hangup);
                 }
+                Read::Later => {}
             }
+        }
+    }
+
+    /// Makes the terminal raw if it is ours to use; gives whether standard input is.
+    fn take_terminal(&self) -> bool {
+        if !self.tty {
+            return true;
+        }
+        let ours = !in_background();
+        if ours {
+            make_raw();
+        }
+        ours
+    }
+
+    /// Gives bytes to the feeding thread, or back.
+    fn offer(&self, bytes: Vec<u8>) -> Option<Vec<u8>> {
+        match self.to_guest.try_send(bytes) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => None,
+            Err(TrySendError::Full(bytes)) => Some(bytes),
+        }
+    }
+
+    fn read(&self) -> Read {
+        let mut buf = vec![0u8; CHUNK];
+        // SAFETY: reads into a local buffer of this size.
+        let n = unsafe { libc::read(0, buf.as_mut_ptr().cast(), buf.len()) };
+        match n {
+            1.. => {
+                buf.truncate(n as usize);
+                Read::Bytes(buf)
+            }
+            0 if self.tty => Read::Gone,
+            0 => Read::End,
+            _ => match io::Error::last_os_error().kind() {
+                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock => Read::Later,
+                _ if self.tty => Read::Gone,
+                // A closed descriptor, a directory: there is no input, and that is all.
+                _ => Read::End,
+            },
         }
     }
 }
 
-/// Whether standard input was a terminal when we started.
-fn is_terminal() -> bool {
-    SAVED.lock().is_ok_and(|s| s.is_some())
+fn next_signal(signals: &OwnedFd) -> i32 {
+    // SAFETY: zeroed is valid for this plain structure; the length is its own.
+    unsafe {
+        let mut info: libc::signalfd_siginfo = std::mem::zeroed();
+        libc::read(signals.as_raw_fd(), (&raw mut info).cast(), size_of::<libc::signalfd_siginfo>());
+        info.ssi_signo as i32
+    }
 }
 
 const CTRL_A: u8 = 1;
@@ -204,12 +312,8 @@ struct Escape {
 }
 
 impl Escape {
-    /// What is for the guest, and whether the user wants to quit.
+    /// What is for the guest, and whether the user wants to quit. For terminals only: elsewhere nobody means the escape key.
     fn filter(&mut self, bytes: &[u8]) -> (Vec<u8>, bool) {
-        // Only a terminal has somebody in front of it who could mean the escape key.
-        if !is_terminal() {
-            return (bytes.to_vec(), false);
-        }
         let mut out = Vec::with_capacity(bytes.len());
         let quit = self.scan(bytes, &mut out);
         (out, quit)

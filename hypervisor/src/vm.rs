@@ -1,10 +1,12 @@
 //! The machine: owns memory, the chipset and the vCPUs, and runs them to the end. Read this first.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::{Duration, Instant};
 
 use paravane_cpu::VcpuExit;
 
@@ -14,6 +16,7 @@ use crate::devices::control::StopCause;
 use crate::devices::lapic;
 use crate::engine::{self, EngineError, MachineInfo, Vcpu};
 use crate::loader::{self, Boot, LoadError};
+use crate::output::Output;
 use crate::terminal::{Event, Terminal};
 use crate::{acpi, memory, terminal, tsc};
 
@@ -41,6 +44,17 @@ pub enum VmError {
         /// The host's reason.
         why: io::Error,
     },
+    /// The kernel or initrd is no file whose end can be reached.
+    #[error("the {what} \"{path}\" is a device; name a file instead")]
+    Device {
+        /// Which file.
+        what: &'static str,
+        /// Its path.
+        path: String,
+    },
+    /// The serial output's file or standard output fails.
+    #[error("the serial port's output cannot be written ({0}); make room there or send it elsewhere with --serial")]
+    Output(Arc<io::Error>),
     /// An empty initrd is surely a mistake.
     #[error("the initrd \"{0}\" is empty; build it again or leave --initrd out")]
     EmptyInitrd(String),
@@ -64,7 +78,7 @@ pub enum VmError {
 impl VmError {
     /// Whether the user, not the host, can mend it.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::Memory(_) | Self::Engine(EngineError::Bt(_)) | Self::Host(_))
+        !matches!(self, Self::Memory(_) | Self::Engine(EngineError::Bt(_)) | Self::Host(_) | Self::Output(_))
     }
 }
 
@@ -108,8 +122,11 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     terminal::block_signals();
 
     let mem = memory::create(cfg.memory)?;
-    let serial = open_serial(&cfg.serial)?;
-    let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial })?;
+    let ending = Arc::new(Ending::default());
+    let serial = Serial::open(&cfg.serial, &ending)?;
+    let (output, port) = (serial.output, serial.port);
+    let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port })?;
+    let _ = ending.chipset.set(Arc::downgrade(&chipset));
     let info = MachineInfo { cpus: cfg.cpus, tsc_khz: tsc::tsc_khz(), apic_hz: lapic::BUS_HZ };
     let mut vcpu = engine::make(kind, 0, mem.clone(), chipset.clone(), &info)?;
     let rsdp = acpi::write(&mem, cfg.cpus)?;
@@ -118,36 +135,106 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     drop((kernel, initrd));
     chipset.set_kick(0, vcpu.kick());
 
-    let signal = Arc::new(std::sync::atomic::AtomicI32::new(0));
     let terminal = {
-        let (chipset, signal) = (chipset.clone(), signal.clone());
-        Terminal::start(cfg.serial == SerialConfig::Stdio, move |event| match event {
-            Event::Input(bytes) => chipset.serial_input(bytes),
-            Event::Quit => chipset.stop(StopCause::Host),
-            Event::Signal(s) => {
-                signal.store(s, std::sync::atomic::Ordering::SeqCst);
-                chipset.stop(StopCause::Host);
+        let (feed, ending, output) = (chipset.clone(), ending.clone(), output.clone());
+        let handle = move |event| {
+            match event {
+                Event::Quit => ending.stop(Early::Quit),
+                Event::Signal(s) => ending.stop(Early::Signal(s)),
+                Event::Hangup => ending.stop(Early::Signal(libc::SIGHUP)),
             }
-            Event::Hangup => {
-                signal.store(libc::SIGHUP, std::sync::atomic::Ordering::SeqCst);
-                chipset.stop(StopCause::Host);
+            // Who stops the guest from outside does not wait for its last words to be read.
+            if let Some(output) = &output {
+                output.abandon();
             }
-        })?
+        };
+        Terminal::start(cfg.serial == SerialConfig::Stdio, move |bytes| feed.serial_input(bytes), handle)?
     };
     let began = Instant::now();
     let ran = {
         let chipset = chipset.clone();
         std::thread::Builder::new().name("vcpu0".into()).spawn(move || run_vcpu(0, vcpu, &chipset))?.join()
     };
+    let ran_for = began.elapsed();
+    // Whatever happened to the vCPU, nobody is to wait for it from here on. The first cause counts.
+    chipset.stop(StopCause::Host);
+    // Signals are still seen while the last output is on its way.
+    if let Some(output) = output {
+        output.finish();
+    }
     drop(terminal);
     let (result, counters) = ran.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     if cfg.stats {
-        print_stats(format, reason, began, &counters);
+        print_stats(format, reason, ran_for, &counters);
     }
     result?;
     let cause = chipset.stop_cause().unwrap_or(StopCause::Host);
-    let signal = signal.load(std::sync::atomic::Ordering::SeqCst);
-    Ok(if signal != 0 && cause == StopCause::Host { Outcome::Signal(signal) } else { Outcome::Stopped(cause) })
+    match ending.early.get() {
+        Some(Early::Signal(s)) if cause == StopCause::Host => Ok(Outcome::Signal(*s)),
+        Some(Early::Output(e)) if cause == StopCause::Host => Err(VmError::Output(e.clone())),
+        _ => Ok(Outcome::Stopped(cause)),
+    }
+}
+
+/// Why the machine is stopped from outside.
+enum Early {
+    /// The escape key.
+    Quit,
+    /// A signal, or what stands for one.
+    Signal(i32),
+    /// Serial output failed.
+    Output(Arc<io::Error>),
+}
+
+/// Stops the machine from outside; the first reason counts.
+#[derive(Default)]
+struct Ending {
+    early: OnceLock<Early>,
+    chipset: OnceLock<Weak<Chipset>>,
+}
+
+impl Ending {
+    fn stop(&self, why: Early) {
+        let _ = self.early.set(why);
+        if let Some(chipset) = self.chipset.get().and_then(Weak::upgrade) {
+            chipset.stop(StopCause::Host);
+        }
+    }
+
+    /// A reader that left or a closed terminal ends the run as the signals for that would; else it is an error.
+    fn output_lost(&self, e: io::Error) {
+        self.stop(match e.raw_os_error() {
+            Some(libc::EPIPE) => Early::Signal(libc::SIGPIPE),
+            Some(libc::EIO) => Early::Signal(libc::SIGHUP),
+            _ => Early::Output(Arc::new(e)),
+        });
+    }
+}
+
+/// Both ends of COM1's output.
+struct Serial {
+    port: Box<dyn Write + Send>,
+    output: Option<Output>,
+}
+
+impl Serial {
+    fn open(to: &SerialConfig, ending: &Arc<Ending>) -> Result<Self, VmError> {
+        let file: Box<dyn Write + Send> = match to {
+            SerialConfig::Null => return Ok(Self { port: Box::new(io::sink()), output: None }),
+            // The descriptor itself: the standard library's buffering would only add copies.
+            SerialConfig::Stdio => match io::stdout().as_fd().try_clone_to_owned() {
+                Ok(fd) => Box::new(fs::File::from(fd)),
+                // Standard output is closed: there is nobody to hear the guest.
+                Err(_) => return Ok(Self { port: Box::new(io::sink()), output: None }),
+            },
+            SerialConfig::File(path) => Box::new(
+                fs::File::create(path).map_err(|why| VmError::SerialFile { path: path.display().to_string(), why })?,
+            ),
+        };
+        let ending = ending.clone();
+        let (output, port) = Output::start(file, move |e| ending.output_lost(e))?;
+        Ok(Self { port: Box::new(port), output: Some(output) })
+    }
 }
 
 type Counters = Vec<(String, u64)>;
@@ -171,24 +258,24 @@ fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> (Result<(), 
     (result, vcpu.counters())
 }
 
+/// Reads a file, which may be a pipe but no device: those have no end.
 fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, VmError> {
-    fs::read(path).map_err(|why| VmError::File { what, path: path.display().to_string(), why })
-}
-
-fn open_serial(to: &SerialConfig) -> Result<Box<dyn Write + Send>, VmError> {
-    Ok(match to {
-        SerialConfig::Stdio => Box::new(io::stdout()),
-        SerialConfig::Null => Box::new(io::sink()),
-        SerialConfig::File(path) => Box::new(
-            fs::File::create(path).map_err(|why| VmError::SerialFile { path: path.display().to_string(), why })?,
-        ),
-    })
+    let name = || path.display().to_string();
+    let failed = |why| VmError::File { what, path: name(), why };
+    let mut file = fs::File::open(path).map_err(failed)?;
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if kind.is_char_device() || kind.is_block_device() {
+        return Err(VmError::Device { what, path: name() });
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
 }
 
 /// Counters go to standard error; a closed one leaves nobody to read them.
-fn print_stats(format: &str, reason: &str, began: Instant, counters: &Counters) {
+fn print_stats(format: &str, reason: &str, ran_for: Duration, counters: &Counters) {
     let mut text = format!("kernel format: {format}\nengine: binary translation ({reason})\n");
-    text += &format!("{:<44} {:>14}\n", "wall time (ms)", began.elapsed().as_millis());
+    text += &format!("{:<44} {:>14}\n", "wall time (ms)", ran_for.as_millis());
     for (name, value) in counters {
         text += &format!("{name:<44} {value:>14}\n");
     }

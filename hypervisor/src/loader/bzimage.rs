@@ -2,8 +2,8 @@
 
 use super::boot_params::{HEADER, ZeroPage};
 use super::{
-    Boot, CMDLINE_MAX, LoadError, enter_protected, low_ram_end, place, put, put_cmdline, put_gdt, put_initrd, u16_at,
-    u32_at, u64_at,
+    Boot, CMDLINE_MAX, LoadError, enter_protected, initrd, low_ram_end, place, put, put_cmdline, put_gdt, put_initrd,
+    u16_at, u32_at, u64_at,
 };
 use crate::memory::GuestRam;
 use paravane_cpu::state::{Reg, cr0, cr4, efer};
@@ -29,8 +29,14 @@ pub(super) fn load(mem: &GuestRam, boot: &Boot<'_>, st: &mut CpuState) -> Result
         0 => 4,
         n => usize::from(n),
     };
-    let payload = f.get((sects + 1) * 512..).filter(|p| !p.is_empty());
-    let payload = payload.ok_or(LoadError::Damaged("it ends before the protected-mode code"))?;
+    // Its size in 16-byte units. What follows in the file, such as a signature, is not for the kernel.
+    let units = u32_at(f, 0x1f4).map_or(0, |n| n as usize);
+    if units == 0 {
+        return Err(LoadError::Damaged("its header says that there is no code"));
+    }
+    let start = (sects + 1) * 512;
+    let payload = units.checked_mul(16).and_then(|n| f.get(start..start.checked_add(n)?));
+    let payload = payload.ok_or(LoadError::Damaged("it ends before its last byte of code"))?;
     let modern = version >= 0x20a;
     let loaded_high = f[0x211] & 1 != 0;
     let preferred = if modern { u64_at(f, 0x258).unwrap_or(0x10_0000) } else { 0x10_0000 };
@@ -58,14 +64,15 @@ pub(super) fn load(mem: &GuestRam, boot: &Boot<'_>, st: &mut CpuState) -> Result
     let max = (u32_at(f, 0x238).unwrap_or(255) as usize).clamp(255, CMDLINE_MAX - 1) + 1;
     page.cmdline(put_cmdline(mem, boot.cmdline, max)?);
     if let Some(initrd) = boot.initrd {
+        initrd::check(initrd)?;
         let limit = u64::from(u32_at(f, 0x22c).unwrap_or(0x37ff_ffff)) + 1;
         let floor = at.saturating_add(need);
         page.ramdisk(put_initrd(mem, initrd, floor, limit)?, initrd.len() as u64);
     }
     let zero_page = page.finish(mem, boot.rsdp)?;
 
-    let entry64 = version >= 0x20c && u16_at(f, 0x236).is_some_and(|x| x & XLF_KERNEL_64 != 0);
-    if entry64 && payload.len() > 0x200 {
+    let entry64 = version >= 0x20c && u16_at(f, 0x236).is_some_and(|x| x & XLF_KERNEL_64 != 0) && payload.len() > 0x200;
+    if entry64 {
         enter_long(mem, st, at + 0x200)?;
     } else {
         enter_protected(mem, st, 0x10, at)?;
@@ -113,6 +120,7 @@ pub(super) mod tests {
     pub(in super::super) fn image() -> Vec<u8> {
         let mut f = vec![0u8; 512 * 3 + 0x400];
         f[0x1f1] = 2;
+        f[0x1f4] = 0x40;
         f[0x201] = 0x66;
         f[0x202..0x206].copy_from_slice(b"HdrS");
         f[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
@@ -132,7 +140,8 @@ pub(super) mod tests {
         let mem = memory::create(64 << 20).unwrap();
         let mut st = CpuState::reset(0);
         let mut f = image();
-        let boot = Boot { kernel: &f, initrd: Some(&[7; 5000]), cmdline: "quiet", rsdp: 0xe0000 };
+        let initrd = initrd::tests::cpio();
+        let boot = Boot { kernel: &f.clone(), initrd: Some(&initrd), cmdline: "quiet", rsdp: 0xe0000 };
         assert_eq!(load(&mem, &boot, &mut st).unwrap(), "bzImage, 64-bit entry");
         assert_eq!((st.rip, st.gpr[6]), (0x100_0200, 0x7000));
         assert!(st.code64());
@@ -141,6 +150,17 @@ pub(super) mod tests {
         assert_eq!(load(&mem, &boot, &mut st).unwrap(), "bzImage, 32-bit entry");
         assert_eq!(st.rip, 0x100_0000);
         assert!(!st.long_mode() && st.protected());
+    }
+
+    #[test]
+    fn every_cut_is_found() {
+        let mem = memory::create(64 << 20).unwrap();
+        let whole = image();
+        try_load(&mem, &whole).unwrap();
+        try_load(&mem, &[&whole[..], b"signature"].concat()).unwrap();
+        for len in 0..whole.len() {
+            assert!(try_load(&mem, &whole[..len]).is_err(), "cut to {len} bytes");
+        }
     }
 
     #[test]
@@ -154,7 +174,8 @@ pub(super) mod tests {
     #[test]
     fn big_initrd_is_said() {
         let mem = memory::create(32 << 20).unwrap();
-        let big = vec![0; 20 << 20];
+        let mut big = initrd::tests::cpio();
+        big.resize(20 << 20, 0);
         let boot = Boot { kernel: &image(), initrd: Some(&big), cmdline: "", rsdp: 0 };
         let e = load(&mem, &boot, &mut CpuState::reset(0)).unwrap_err();
         assert!(matches!(e, LoadError::InitrdDoesNotFit(20)), "{e}");

@@ -6,6 +6,7 @@
 mod boot_params;
 mod bzimage;
 mod elf;
+mod initrd;
 mod multiboot;
 mod pvh;
 
@@ -49,6 +50,9 @@ pub enum LoadError {
         "the initrd of {0} MiB does not fit into guest memory beside the kernel; give the guest more with --memory"
     )]
     InitrdDoesNotFit(u64),
+    /// The initrd is nothing that Linux can use.
+    #[error("the initrd {0}; build or fetch it again, or leave --initrd out")]
+    Initrd(&'static str),
     /// The command line is too long or has a NUL.
     #[error("the kernel command line must be at most {max} bytes without a NUL, and this one is not; shorten it")]
     Cmdline {
@@ -184,7 +188,7 @@ mod tests {
     }
 
     pub(super) fn try_load(mem: &GuestRam, kernel: &[u8]) -> Result<&'static str, LoadError> {
-        let boot = Boot { kernel, initrd: Some(&[1, 2, 3]), cmdline: "x", rsdp: 0xe0000 };
+        let boot = Boot { kernel, initrd: Some(&initrd::tests::cpio()), cmdline: "x", rsdp: 0xe0000 };
         load(mem, &boot, &mut CpuState::reset(0))
     }
 

@@ -145,7 +145,7 @@ pub(super) mod tests {
             assert_eq!(info(5), 1);
             assert_eq!(info(2), 15 << 10);
             let map_len: u32 = info(11);
-            assert!(map_len >= 24 && map_len % 24 == 0);
+            assert!(map_len >= 24 && map_len.is_multiple_of(24));
         }
     }
 }
