@@ -55,7 +55,8 @@ impl Engine {
         }
         let last = la.wrapping_add(size - 1);
         if st.code64() && !(mmu::is_canonical(la) && mmu::is_canonical(last)) {
-            return Err(if s.stack { Exception::StackFault(0) } else { Exception::GeneralProtection(0) });
+            let exc = if s.stack { Exception::StackFault(0) } else { Exception::GeneralProtection(0) };
+            return if s.late_fault { Ok(self.fault_late(exc)) } else { Err(exc) };
         }
         let kind = if s.write { AccessKind::Write } else { AccessKind::Read };
         if (la ^ last) >> 12 != 0 || last < la {
@@ -169,8 +170,9 @@ impl Engine {
     pub(crate) fn commit_bounce(&mut self) -> Result<(), Exception> {
         if let Some(exc) = self.bounce.fault.take() {
             let st = self.cpu();
-            // FSW.ES: an unmasked exception kept the instruction from storing.
-            if st.xsave.0[2] & 0x80 != 0 {
+            // An unmasked invalid operation keeps the instruction from storing; exceptions of the result do not.
+            let (fcw, fsw) = (st.xsave.0[0], st.xsave.0[2]);
+            if fsw & !fcw & 1 != 0 {
                 return Ok(());
             }
             st.xsave.0[..self.before_fault.len()].copy_from_slice(&self.before_fault);

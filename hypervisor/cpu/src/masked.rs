@@ -99,6 +99,10 @@ pub(crate) fn emulate<E: Env + ?Sized>(
     };
     let chosen = |n: &u64| active.bytes >> n & 1 != 0;
     let store = |st: &mut CpuState, env: &mut E| {
+        // FSW.ES: an x87 exception waits, and MMX instructions report it.
+        if mmx_form && st.xsave.0[2] & 0x80 != 0 {
+            return Err(Exception::FpuError);
+        }
         // The address must be canonical even if no byte is chosen.
         for n in [0, active.size as u64 - 1] {
             address(st, n)?;

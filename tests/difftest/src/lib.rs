@@ -219,8 +219,22 @@ impl<'a> Tester<'a> {
             // A masked store that touches two pages may report either, and any active byte in it; it may have stored to the other
             // page (SDM vol. 2, MASKMOVDQU; vol. 1, section 15.6.4, speaks of elements only).
             // The same goes for the x87 state image, which is stored field by field.
-            t.masked_store =
-                paravane_cpu::is_masked_store(i) || matches!(i.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv);
+            t.masked_store = paravane_cpu::is_masked_store(i)
+                || matches!(
+                    i.mnemonic(),
+                    Mnemonic::Fnsave
+                        | Mnemonic::Fnstenv
+                        | Mnemonic::Fsave
+                        | Mnemonic::Fstenv
+                        | Mnemonic::Fxsave
+                        | Mnemonic::Fxsave64
+                        | Mnemonic::Xsave
+                        | Mnemonic::Xsave64
+                        | Mnemonic::Xsavec
+                        | Mnemonic::Xsavec64
+                        | Mnemonic::Xsaveopt
+                        | Mnemonic::Xsaveopt64
+                );
             t.partial_store |= t.masked_store;
         }
         t

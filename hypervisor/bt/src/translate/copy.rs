@@ -90,8 +90,10 @@ impl Translator<'_> {
         }
         used |= implicit_hosts(i);
         real_rcx |= high && names_rcx;
-        // RSP's home needs REX, which a high-byte register forbids: MOVZX and MOVSX go through RCX then.
-        let rsp_by_rcx = high && loc.is_none() && used & (1 << H::R14.0) != 0;
+        // RSP's home needs REX, which a high-byte register forbids: MOVZX, MOVSX and CRC32 borrow a register then.
+        let rsp_named = high && loc.is_none() && used & (1 << H::R14.0) != 0;
+        let rsp_host =
+            if rsp_named { [H::RBX, H::RDX, H::RAX].into_iter().find(|h| used & (1 << h.0) == 0) } else { None };
         let (mut rcx_read, mut rcx_write) = implicit;
         if count > 0 || (real_rcx && names_rcx) {
             let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
@@ -152,6 +154,11 @@ impl Translator<'_> {
             }
             Some(Loc::Rcx) => free[1] = None,
         }
+        if let Some(h) = rsp_host {
+            self.asm.store(M::gs(off::TMP + 8), h);
+            self.asm.mov(h, H::R14);
+            borrowed = Some(h);
+        }
         if real_rcx {
             if rcx_host == H::RCX {
                 free[1] = None;
@@ -185,7 +192,7 @@ impl Translator<'_> {
                     let Some((g, w)) = gpr_of(i.op_register(n)) else { continue };
                     let host = match home(g) {
                         _ if g == 1 && real_rcx => rcx_host,
-                        Home::Host(H::R14) if rsp_by_rcx => H::RCX,
+                        Home::Host(H::R14) if rsp_host.is_some() => rsp_host.unwrap_or(H::R14),
                         Home::Host(h) => h,
                         Home::Spilled(_) => {
                             let k = temps[..count].iter().position(|t| t.guest == g).unwrap_or(0);
@@ -216,10 +223,10 @@ impl Translator<'_> {
                 self.asm.store(M::gs(off::gpr(temps[k].guest)), place[k]);
             }
         }
-        if rsp_by_rcx {
+        if let Some(h) = rsp_host {
             match i.op0_register().size() {
-                2 => self.asm.mov16(H::R14, H::RCX),
-                _ => self.asm.mov32(H::R14, H::RCX),
+                2 => self.asm.mov16(H::R14, h),
+                _ => self.asm.mov32(H::R14, h),
             }
         } else if real_rcx && rcx_write {
             self.asm.mov(H::R13, rcx_host);

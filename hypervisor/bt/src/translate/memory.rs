@@ -404,7 +404,10 @@ fn store_sized(a: &mut crate::asm::Asm, m: M, r: H, size: u8) {
 fn waits_for_x87(i: &Instruction) -> bool {
     use iced_x86::Mnemonic as Mn;
     unit_of(i.code()) == Unit::X87
-        && !matches!(i.mnemonic(), Mn::Fnstcw | Mn::Fnstsw | Mn::Fnstenv | Mn::Fnsave | Mn::Fninit | Mn::Fnclex)
+        && !matches!(
+            i.mnemonic(),
+            Mn::Fnstcw | Mn::Fnstsw | Mn::Fnstenv | Mn::Fnsave | Mn::Fninit | Mn::Fnclex | Mn::Cvtpi2pd
+        )
 }
 
 /// Whether an instruction computes, and may raise an exception, before it stores.
