@@ -30,8 +30,9 @@ struct Count {
 impl Count {
     /// Adds what a summary line says. Both runners print one: cargo test per program ("test result: ok. 3 passed; 0
     /// failed; 1 ignored; ..."), nextest one in all ("Summary [..] 3 tests run: 2 passed (1 slow), 1 failed, 1 skipped").
+    /// Nextest repeats a failed test's own output, indented, which must not be counted again.
     fn add_line(&mut self, line: &str) {
-        if !line.contains("test result:") && !line.trim_start().starts_with("Summary [") {
+        if !line.starts_with("test result:") && !line.trim_start().starts_with("Summary [") {
             return;
         }
         let words: Vec<&str> = line.split([' ', ';', ',', '(', ')']).filter(|word| !word.is_empty()).collect();
@@ -126,6 +127,7 @@ mod tests {
         count.add_line("     Summary [  12.345s] 10 tests run: 7 passed (1 slow), 2 failed, 1 timed out, 4 skipped");
         assert_eq!(count, Count { passed: 7, failed: 3, skipped: 4 });
         count.add_line("test says 5 passed");
-        assert_eq!(count.passed, 7);
+        count.add_line("    test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 5 filtered out");
+        assert_eq!(count, Count { passed: 7, failed: 3, skipped: 4 });
     }
 }
