@@ -1,6 +1,6 @@
 //! The ACPI tables: what the machine consists of, for the guest to read (ACPI 6.4, chapter 5).
 //!
-//! Everything lies between 0xe0000 and 1 MiB, where a guest without EFI looks for the RSDP.
+//! Everything lies from 0xe0000 up, where a guest without EFI looks for the RSDP; SMBIOS follows at 0xf0000.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -18,7 +18,7 @@ use crate::memory::GuestRam;
 /// Guest-physical address of the RSDP.
 pub const RSDP: u64 = 0xe_0000;
 const TABLES: u64 = 0xe_0040;
-const END: u64 = 0x10_0000;
+const END: u64 = 0xf_0000;
 
 const OEM: [u8; 6] = *b"PARAVN";
 const OEM_TABLE: [u8; 8] = *b"PARAVANE";
@@ -87,6 +87,19 @@ fn dsdt() -> Vec<u8> {
             &Name::new("_UID".into(), &uid),
             &Name::new("_CRS".into(), &crs),
             &Name::new("_PRT".into(), &prt),
+        ],
+    )
+    .to_aml_bytes(&mut out);
+
+    // Ports that belong to no other device here, so that nobody gives them to a PCI card: PM block, debug exit.
+    let pm_io = IO::new(PM1A_EVT, PM1A_EVT, 1, 0x10);
+    let debug_io = IO::new(0xf4, 0xf4, 1, 1);
+    Device::new(
+        "_SB_.MBRD".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+            &Name::new("_UID".into(), &uid),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&pm_io, &debug_io])),
         ],
     )
     .to_aml_bytes(&mut out);

@@ -67,7 +67,7 @@ pub enum MemoryError {
 /// # Errors
 /// [`MemoryError`], worded for the user.
 pub fn create(bytes: u64) -> Result<GuestRam, MemoryError> {
-    if bytes == 0 || bytes > MAX_RAM || bytes % (1 << 20) != 0 {
+    if bytes == 0 || bytes > MAX_RAM || !bytes.is_multiple_of(1 << 20) {
         return Err(MemoryError::Size(bytes));
     }
     let file = Arc::new(memfd(c"guest-ram", bytes).map_err(MemoryError::File)?);

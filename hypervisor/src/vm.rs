@@ -18,7 +18,7 @@ use crate::engine::{self, EngineError, MachineInfo, Vcpu};
 use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
 use crate::terminal::{Event, Terminal};
-use crate::{acpi, memory, terminal, tsc};
+use crate::{acpi, memory, smbios, terminal, tsc};
 
 /// Why a machine could not run.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +67,9 @@ pub enum VmError {
     /// No room for tables.
     #[error(transparent)]
     Acpi(#[from] acpi::AcpiError),
+    /// No room for tables.
+    #[error(transparent)]
+    Smbios(#[from] smbios::SmbiosError),
     /// The engine cannot work here.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -130,6 +133,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let info = MachineInfo { cpus: cfg.cpus, tsc_khz: tsc::tsc_khz(), apic_hz: lapic::BUS_HZ };
     let mut vcpu = engine::make(kind, 0, mem.clone(), chipset.clone(), &info)?;
     let rsdp = acpi::write(&mem, cfg.cpus)?;
+    smbios::write(&mem)?;
     let boot = Boot { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cfg.cmdline, rsdp };
     let format = loader::load(&mem, &boot, vcpu.state_mut())?;
     drop((kernel, initrd));

@@ -5,14 +5,14 @@
 //!
 //! | stage | module |
 //! |---|---|
-//! | the run loop: events, then translated code | [`dispatch`] |
-//! | from RIP to a block: fetch, find or translate | [`fetch`] |
-//! | what a block is, its key and its exits | [`block`] |
-//! | decode, classify, emit | [`translate`], with [`regs`] (register homes) and [`asm`] |
-//! | code memory | [`cache`] |
-//! | doors between Rust and translated code | [`thunks`], [`state`] (the shared memory) |
-//! | what Rust does for translated code | [`callouts`], [`softmmu`] (TLB fills, stores into code) |
-//! | host signals that become guest exceptions | [`fault`] |
+//! | the run loop: events, then translated code | `dispatch` |
+//! | from RIP to a block: fetch, find or translate | `fetch` |
+//! | what a block is, its key and its exits | `block` |
+//! | decode, classify, emit | `translate`, with `regs` (register homes) and `asm` |
+//! | code memory | `cache` |
+//! | doors between Rust and translated code | `thunks`, `state` (the shared memory) |
+//! | what Rust does for translated code | `callouts`, `softmmu` (TLB fills, stores into code) |
+//! | host signals that become guest exceptions | `fault` |
 //!
 //! What instructions mean when they are not copied is in `paravane-cpu`.
 

@@ -195,7 +195,7 @@ mod tests {
             c.raise(0, event::NMI);
             rounds += 1;
             assert!(rounds < 1 << 34, "the sleeper sleeps on");
-            if rounds % 64 == 0 {
+            if rounds.is_multiple_of(64) {
                 std::thread::sleep(Duration::from_micros(20));
             }
         }

@@ -196,7 +196,7 @@ impl Pit {
             0x61 => {
                 let c = &self.counters[2];
                 // Bit 4 toggles with memory refresh, every 15 us.
-                let refresh = (now.saturating_duration_since(self.counters[1].start).as_micros() / 15 & 1) as u8;
+                let refresh = ((now.saturating_duration_since(self.counters[1].start).as_micros() / 15) & 1) as u8;
                 u8::from(c.gate) | u8::from(self.speaker) << 1 | refresh << 4 | u8::from(c.output(now)) << 5
             }
             _ => 0xff,

@@ -59,7 +59,7 @@ impl Rtc {
 
     fn encode(&self, v: i64) -> u8 {
         let v = v.rem_euclid(100) as u8;
-        if self.ram[0xb] & 4 != 0 { v } else { v / 10 << 4 | v % 10 }
+        if self.ram[0xb] & 4 != 0 { v } else { ((v / 10) << 4) | (v % 10) }
     }
 
     fn decode(&self, v: u8) -> i64 {
