@@ -1,6 +1,6 @@
 //! The chipset: devices at their addresses, interrupt lines, deadlines, and the vCPUs' view of it all ([`Bus`]).
 //!
-//! Interrupts flow through [`Interrupts`], which owns the controllers. Whatever changes a controller ends with a look at the
+//! Interrupts flow through `Interrupts`, which owns the controllers. Whatever changes a controller ends with a look at the
 //! vCPUs concerned: is an interrupt deliverable now? The answer is kept as one bit per vCPU, so that polling is one load,
 //! and a vCPU is kicked when the bit appears.
 //!
