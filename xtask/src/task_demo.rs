@@ -1,9 +1,12 @@
 //! `cargo xtask demo`: a stock Linux kernel on this terminal.
+//!
+//! The hypervisor takes this process's place, so that keys, signals, a closed terminal and the exit status are between it
+//! and the caller, and nobody is left in the middle.
 
-use crate::host::{self, Doing, Result};
+use crate::host::{self, Doing, Failure, Result};
 use crate::{boot, initramfs, task_guests};
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 
 /// Options of the demo.
@@ -20,42 +23,24 @@ pub(crate) struct Args {
     kernel: String,
 }
 
-/// Removes the initrd that was made for a typed script.
-struct Temporary(PathBuf);
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-/// Builds, fetches, boots; the hypervisor's exit status becomes the task's.
+/// Builds, fetches, and becomes the hypervisor; returns only if that fails.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let program = host::build_paravane()?;
     let guests = task_guests::fetch()?;
     let kernel = guests.kernel(&args.kernel)?;
     let shell = guests.shell_image();
-    let mut initrd = shell.clone();
-    let mut _temporary = None;
-    if let Some(script) = &args.script {
+    let mut command = if let Some(script) = &args.script {
         let image = fs::read(&shell).doing("cannot read the shell initramfs")?;
-        initrd = shell.with_file_name(format!(".demo-{}.cpio", std::process::id()));
-        fs::write(&initrd, initramfs::with_script(&image, script)).doing("cannot write the script's initramfs")?;
-        _temporary = Some(Temporary(initrd.clone()));
+        let initrd = shell.with_file_name("demo.cpio");
+        // Written beside and renamed, so that a demo that starts at the same time reads one whole script.
+        let unfinished = shell.with_file_name(format!(".demo-{}.cpio", std::process::id()));
+        fs::write(&unfinished, initramfs::with_script(&image, script)).doing("cannot write the script's initramfs")?;
+        fs::rename(&unfinished, &initrd).doing("cannot move the script's initramfs into place")?;
+        // A script's boot log is part of its record.
+        boot::paravane(&program, &args.engine, &kernel, &initrd, boot::CMDLINE)
     } else {
-        eprintln!("Linux {} is starting. Ctrl-A x leaves the hypervisor, whatever the guest does.", args.kernel);
-    }
-    // A shell is for a person, who need not read the boot log; a script's log is its record.
-    let quiet = if args.script.is_some() { "" } else { " quiet" };
-    let cmdline = format!("{}{quiet}", boot::CMDLINE);
-    let status = boot::paravane(&program, &args.engine, &kernel, &initrd, &cmdline)
-        .status()
-        .doing("cannot start the hypervisor that was just built")?;
-    Ok(match status.code() {
-        Some(code) => u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from),
-        None => {
-            eprintln!("xtask: the hypervisor ended with {status}");
-            ExitCode::FAILURE
-        }
-    })
+        eprintln!("Linux {} is starting. Ctrl-A x stops it, whatever the guest does.", args.kernel);
+        boot::paravane(&program, &args.engine, &kernel, &shell, &format!("{} quiet", boot::CMDLINE))
+    };
+    Err(Failure::new(format!("cannot start the hypervisor that was just built: {}", command.exec())))
 }
