@@ -2,7 +2,7 @@
 //!
 //! A block is decoded first, to its end: a branch, an instruction that ends blocks, the page's end, or a length limit.
 //! Flag liveness is then computed backwards, and the instructions are emitted one by one. No intermediate form exists: an
-//! instruction is copied, rewritten, expanded, or turned into a callout (see [`classify`]).
+//! instruction is copied, rewritten, expanded, or turned into a callout (see [`mod@classify`]).
 
 pub(crate) mod classify;
 mod control;
