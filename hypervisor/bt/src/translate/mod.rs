@@ -7,6 +7,8 @@
 pub(crate) mod classify;
 mod control;
 mod copy;
+#[cfg(test)]
+mod golden;
 mod memory;
 mod privilege;
 mod string;

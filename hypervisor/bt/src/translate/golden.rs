@@ -1,0 +1,93 @@
+//! Golden files: the code emitted for a few representative blocks, so that a change in code generation is seen in review.
+//!
+//! Run with `PARAVANE_BLESS=1` to write them anew.
+
+use super::{Decoded, Translator, decode};
+use crate::asm::Asm;
+use crate::block::{Mode, Tables};
+use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction, InstructionInfoFactory};
+use paravane_cpu::state::{cr0, cr4, efer};
+use paravane_cpu::{CpuState, Seg, Segment};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// 64-bit mode as Linux sets it up, at a privilege level.
+fn mode(cpl: u8) -> Mode {
+    let mut st = CpuState::reset(0);
+    st.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::NE | cr0::ET;
+    st.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::SMAP | cr4::SMEP | cr4::FSGSBASE;
+    st.efer = efer::LME | efer::LMA | efer::SCE;
+    st.seg = [Segment::flat_data(0x18, cpl); 6];
+    st.seg[Seg::Cs as usize] = Segment::flat_code(0x10, cpl, true);
+    st.cpl = cpl;
+    st.rflags = 0x202;
+    Mode::of(&st)
+}
+
+fn listing(out: &mut String, code: &[u8], at: u64) {
+    let mut f = FastFormatter::new();
+    let mut text = String::new();
+    for i in Decoder::with_ip(64, code, at, DecoderOptions::NONE) {
+        text.clear();
+        f.format(&i, &mut text);
+        let _ = writeln!(out, "  {:04x}  {text}", i.ip());
+    }
+}
+
+fn check(name: &str, cpl: u8, guest: &[u8]) {
+    const RIP: u64 = 0x40_0000;
+    let mut code: Vec<Instruction> = Vec::new();
+    assert_eq!(decode(guest, RIP, mode(cpl), &mut code), Decoded::Ok);
+    let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
+    Translator::new(&mut asm, &mut info, &mut tables, mode(cpl), 0, RIP).translate(&code);
+    asm.resolve(0);
+    let mut out = String::from("guest:\n");
+    listing(&mut out, guest, RIP);
+    let (hot, cold) = asm.parts();
+    out.push_str("hot:\n");
+    listing(&mut out, hot, 0);
+    out.push_str("cold:\n");
+    listing(&mut out, cold, hot.len() as u64);
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("golden").join(format!("{name}.txt"));
+    if std::env::var_os("PARAVANE_BLESS").is_some() {
+        std::fs::write(&path, &out).unwrap();
+    }
+    let want = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(want == out, "emitted code differs from golden/{name}.txt; bless it if that is meant:\n{out}");
+}
+
+#[test]
+fn load_with_dead_flags() {
+    // mov rax, [rbx+8]; add rax, rcx; jmp .
+    check("load-dead-flags", 3, &[0x48, 0x8b, 0x43, 8, 0x48, 1, 0xc8, 0xeb, 0xfe]);
+}
+
+#[test]
+fn load_with_live_flags() {
+    // cmp rax, rdx; mov rsi, [rsp]; je +2; (fall through)
+    check("load-live-flags", 3, &[0x48, 0x39, 0xd0, 0x48, 0x8b, 0x34, 0x24, 0x74, 2]);
+}
+
+#[test]
+fn spilled_registers_and_shift_by_cl() {
+    // shl r13, cl; mov [r14+r15*8], r13; ret
+    check("spilled-shift", 3, &[0x49, 0xd3, 0xe5, 0x4f, 0x89, 0x2c, 0xfe, 0xc3]);
+}
+
+#[test]
+fn calls_and_returns() {
+    // push rbp; call +0x1000
+    check("push-call", 3, &[0x55, 0xe8, 0, 0x10, 0, 0]);
+}
+
+#[test]
+fn interrupt_flag_in_the_kernel() {
+    // cli; sti; nop
+    check("cli-sti", 0, &[0xfa, 0xfb, 0x90]);
+}
+
+#[test]
+fn vector_code() {
+    // movaps xmm0, [rdi]; addps xmm0, xmm1; ret
+    check("vector", 3, &[0x0f, 0x28, 0x07, 0x0f, 0x58, 0xc1, 0xc3]);
+}
