@@ -31,7 +31,7 @@ Exit status:
   3    the host lacks something or failed
   10   the guest reported a panic (through the pvpanic device)
   11   the guest crashed by a triple fault
-  12   the guest asked for a reset
+  12   the guest asked for a reset, which Linux also does after a panic with panic=-1 on its command line
   n    with --debug-exit: (value << 1) | 1 for a value written to port 0xf4
   128+n  stopped by signal n (129 when the terminal was closed, 141 when the reader of the output left)
 
@@ -46,8 +46,8 @@ struct Run {
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Kernel command line; "console=ttyS0" makes Linux talk to the serial port
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    /// Kernel command line; "console=ttyS0" makes Linux talk to the serial port, "panic=-1" ends the run when it panics
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1")]
     cmdline: String,
     /// Guest memory, with K, M or G
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = config::parse_size)]

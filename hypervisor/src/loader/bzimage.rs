@@ -2,7 +2,7 @@
 
 use super::boot_params::{HEADER, ZeroPage};
 use super::{
-    Boot, CMDLINE_MAX, LoadError, enter_protected, initrd, low_ram_end, place, put, put_cmdline, put_gdt, put_initrd,
+    Boot, CMDLINE_MAX, LoadError, enough_memory, enter_protected, initrd, place, put, put_cmdline, put_gdt, put_initrd,
     u16_at, u32_at, u64_at,
 };
 use crate::memory::GuestRam;
@@ -44,20 +44,15 @@ pub(super) fn load(mem: &GuestRam, boot: &Boot<'_>, st: &mut CpuState) -> Result
     if !loaded_high {
         return Err(LoadError::Damaged("it is a zImage, which loads below 640 KiB"));
     }
-    let need = init_size.max(payload.len() as u64);
-    let end = low_ram_end(mem);
-    let fits = |at: u64| at >= 0x10_0000 && at.checked_add(need).is_some_and(|e| e <= end);
-    let relocatable = version >= 0x205 && f[0x234] != 0;
-    let at = if fits(preferred) {
-        preferred
-    } else {
-        let align = u64::from(u32_at(f, 0x230).unwrap_or(0)).max(0x1000);
-        let low = 0x10_0000_u64.checked_next_multiple_of(align).unwrap_or(u64::MAX);
-        if !relocatable || !fits(low) {
-            return Err(LoadError::DoesNotFit("it needs room for the unpacked kernel"));
-        }
-        low
-    };
+    // A relocatable kernel loaded below its preferred address moves itself up to it, so nothing is gained by loading it lower
+    // (boot.rst, init_size).
+    let at = preferred;
+    if at < 0x10_0000 {
+        return Err(LoadError::Damaged("its preferred address lies below 1 MiB"));
+    }
+    let end = at.checked_add(init_size.max(payload.len() as u64));
+    let end = end.ok_or(LoadError::Damaged("its preferred address makes no sense"))?;
+    enough_memory(mem, end)?;
     put(mem, at, payload, "protected-mode code")?;
 
     let mut page = ZeroPage::new(header);
@@ -66,8 +61,7 @@ pub(super) fn load(mem: &GuestRam, boot: &Boot<'_>, st: &mut CpuState) -> Result
     if let Some(initrd) = boot.initrd {
         initrd::check(initrd)?;
         let limit = u64::from(u32_at(f, 0x22c).unwrap_or(0x37ff_ffff)) + 1;
-        let floor = at.saturating_add(need);
-        page.ramdisk(put_initrd(mem, initrd, floor, limit)?, initrd.len() as u64);
+        page.ramdisk(put_initrd(mem, initrd, end, limit)?, initrd.len() as u64);
     }
     let zero_page = page.finish(mem, boot.rsdp)?;
 
@@ -167,8 +161,8 @@ pub(super) mod tests {
     fn too_little_memory_is_said() {
         let mem = memory::create(4 << 20).unwrap();
         let e = try_load(&mem, &image()).unwrap_err();
-        assert!(matches!(e, LoadError::DoesNotFit(_)), "{e}");
-        assert!(e.to_string().contains("--memory"));
+        assert!(e.to_string().contains("--memory 20M"), "{e}");
+        try_load(&memory::create(21 << 20).unwrap(), &image()).unwrap();
     }
 
     #[test]
@@ -177,6 +171,13 @@ pub(super) mod tests {
         let mut big = initrd::tests::cpio();
         big.resize(20 << 20, 0);
         let boot = Boot { kernel: &image(), initrd: Some(&big), cmdline: "", rsdp: 0 };
+        let e = load(&mem, &boot, &mut CpuState::reset(0)).unwrap_err();
+        assert!(matches!(e, LoadError::NeedsMemory(40)), "{e}");
+        // The same in enough memory, with an address limit in the header that leaves too little.
+        let mem = memory::create(64 << 20).unwrap();
+        let mut low = image();
+        low[0x22c..0x230].copy_from_slice(&0x1ff_ffff_u32.to_le_bytes());
+        let boot = Boot { kernel: &low, ..boot };
         let e = load(&mem, &boot, &mut CpuState::reset(0)).unwrap_err();
         assert!(matches!(e, LoadError::InitrdDoesNotFit(20)), "{e}");
     }

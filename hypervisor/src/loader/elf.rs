@@ -1,6 +1,6 @@
 //! As much of ELF as kernels need: program headers, segments to load, notes (System V ABI, chapters 4 and 5).
 
-use super::{LoadError, low_ram_end, put, u16_at, u32_at, u64_at};
+use super::{LoadError, enough_memory, put, u16_at, u32_at, u64_at};
 use crate::memory::GuestRam;
 
 /// Program headers at most; real kernels have a handful.
@@ -81,8 +81,8 @@ impl<'a> Elf<'a> {
         for s in self.segments.iter().filter(|s| s.kind == 1 && s.memsz > 0) {
             let bytes = self.bytes(s)?;
             let end = s.paddr.checked_add(s.memsz.max(bytes.len() as u64));
-            let end =
-                end.filter(|&e| e <= low_ram_end(mem)).ok_or(LoadError::DoesNotFit("a segment lies beyond its end"))?;
+            let end = end.ok_or(LoadError::Damaged("the addresses of its segments make no sense"))?;
+            enough_memory(mem, end)?;
             if s.paddr < 0x10_0000 {
                 return Err(LoadError::Damaged("a segment lies below 1 MiB, where boot data goes"));
             }

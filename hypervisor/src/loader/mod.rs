@@ -42,12 +42,17 @@ pub enum LoadError {
     /// The file ends too early or contradicts itself.
     #[error("the kernel file is damaged: {0}; fetch or build it again")]
     Damaged(&'static str),
+    /// Guest memory is too small, and this many MiB are enough.
+    #[error(
+        "the kernel, with its initrd if there is one, needs at least {0} MiB of guest memory; start it with --memory {0}M"
+    )]
+    NeedsMemory(u64),
     /// The kernel cannot run in the memory it is given.
-    #[error("the kernel does not fit into guest memory ({0}); give the guest more with --memory")]
+    #[error("the kernel does not fit into guest memory ({0}); use another kernel")]
     DoesNotFit(&'static str),
     /// The initrd cannot be placed.
     #[error(
-        "the initrd of {0} MiB does not fit into guest memory beside the kernel; give the guest more with --memory"
+        "the initrd of {0} MiB does not fit below the address up to which this kernel can have one; use a smaller one"
     )]
     InitrdDoesNotFit(u64),
     /// The initrd is nothing that Linux can use.
@@ -102,6 +107,17 @@ fn low_ram_end(mem: &GuestRam) -> u64 {
     memory::ranges(mem).first().map_or(0, |r| r.1)
 }
 
+/// Checks that RAM below the device hole reaches up to `top`.
+fn enough_memory(mem: &GuestRam, top: u64) -> Result<(), LoadError> {
+    if top <= low_ram_end(mem) {
+        return Ok(());
+    }
+    if top > memory::LOW_RAM_END {
+        return Err(LoadError::DoesNotFit("it wants to lie where devices are, above 3 GiB"));
+    }
+    Err(LoadError::NeedsMemory(top.div_ceil(1 << 20)))
+}
+
 /// Writes bytes that were checked to fit.
 fn put(mem: &GuestRam, at: u64, bytes: &[u8], what: &'static str) -> Result<(), LoadError> {
     mem.write_slice(bytes, GuestAddress(at)).map_err(|_| LoadError::DoesNotFit(what))
@@ -120,13 +136,12 @@ fn put_cmdline(mem: &GuestRam, cmdline: &str, max: usize) -> Result<u64, LoadErr
 
 /// Places the initrd as high as `limit` and RAM allow, page-aligned, above `floor`.
 fn put_initrd(mem: &GuestRam, initrd: &[u8], floor: u64, limit: u64) -> Result<u64, LoadError> {
-    let error = || LoadError::InitrdDoesNotFit((initrd.len() as u64).div_ceil(1 << 20));
-    let end = low_ram_end(mem).min(limit);
-    let at = end.checked_sub(initrd.len() as u64).ok_or_else(error)? & !0xfff;
-    if at < floor {
-        return Err(error());
-    }
-    put(mem, at, initrd, "initrd").map_err(|_| error())?;
+    let too_large = LoadError::InitrdDoesNotFit((initrd.len() as u64).div_ceil(1 << 20));
+    let top = floor.checked_next_multiple_of(0x1000).and_then(|f| f.checked_add(initrd.len() as u64));
+    let Some(top) = top.filter(|&t| t <= limit) else { return Err(too_large) };
+    enough_memory(mem, top)?;
+    let at = (low_ram_end(mem).min(limit) - initrd.len() as u64) & !0xfff;
+    put(mem, at, initrd, "initrd")?;
     Ok(at)
 }
 

@@ -2,7 +2,10 @@
 
 use super::boot_params::e820;
 use super::elf::Elf;
-use super::{Boot, CMDLINE_MAX, LoadError, enter_protected, low_ram_end, place, put, put_cmdline, put_initrd, u32_at};
+use super::{
+    Boot, CMDLINE_MAX, LoadError, enough_memory, enter_protected, low_ram_end, place, put, put_cmdline, put_initrd,
+    u32_at,
+};
 use crate::memory::GuestRam;
 use paravane_cpu::CpuState;
 use paravane_cpu::state::Reg;
@@ -101,9 +104,7 @@ fn load_by_addresses(mem: &GuestRam, f: &[u8], at: usize) -> Result<(u64, u64), 
     if load_addr < 0x10_0000 {
         return Err(LoadError::Damaged("it wants to be loaded below 1 MiB, where boot data goes"));
     }
-    if top > low_ram_end(mem) {
-        return Err(LoadError::DoesNotFit("its addresses lie beyond the end"));
-    }
+    enough_memory(mem, top)?;
     put(mem, u64::from(load_addr), bytes, "image")?;
     Ok((u64::from(entry), top))
 }
