@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
-use vm_memory::mmap::{MmapRegion, MmapRegionBuilder, MmapRegionError};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
@@ -40,6 +40,9 @@ pub const MAX_RAM: u64 = (1 << 40) - (1 << 30);
 
 /// A huge page.
 const HUGE: usize = 2 << 20;
+
+/// A page.
+const PAGE: usize = 4096;
 
 /// Why guest RAM could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +105,27 @@ fn memfd(name: &CStr, bytes: u64) -> io::Result<File> {
     Ok(file)
 }
 
+/// Keeps a piece of address space from being given to anybody else for a while.
+struct Spacer(Option<(*mut libc::c_void, usize)>);
+
+impl Spacer {
+    fn new(at: usize, len: usize) -> Self {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: a new mapping without rights; NOREPLACE leaves whatever is there already as it is.
+        let p = unsafe { libc::mmap(at as *mut libc::c_void, len, libc::PROT_NONE, flags, -1, 0) };
+        Self((p != libc::MAP_FAILED).then_some((p, len)))
+    }
+}
+
+impl Drop for Spacer {
+    fn drop(&mut self) {
+        if let Some((p, len)) = self.0 {
+            // SAFETY: our own mapping, of which nobody has the address.
+            unsafe { libc::munmap(p, len) };
+        }
+    }
+}
+
 fn region(file: &Arc<File>, gpa: u64, offset: u64, bytes: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
     let failed = |e| MemoryError::Map(bytes >> 20, e);
     let len = usize::try_from(bytes).map_err(|_| MemoryError::Size(bytes))?;
@@ -118,11 +142,12 @@ fn region(file: &Arc<File>, gpa: u64, offset: u64, bytes: u64) -> Result<GuestRe
         if excess == 0 {
             break;
         }
-        // Linux places mappings top-down, each below the one before. A spacer of the excess in the place of the first
-        // try makes the second end up lower by as much. Another thread's mmap can spoil a try, hence the loop; a placement that
-        // stays unaligned only costs speed.
+        // Linux places mappings top-down, each below the one before. A spacer of the excess, put where the first try
+        // ended, makes the second end up lower by as much. Another thread's mmap can spoil a try, hence the loop; a placement
+        // that stays unaligned only costs speed.
+        let end = mapped.as_ptr() as usize + len.next_multiple_of(PAGE);
         drop(mapped);
-        let spacer = MmapRegion::<()>::build(None, excess, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let spacer = Spacer::new(end - excess, excess);
         mapped = map().map_err(failed)?;
         drop(spacer);
     }

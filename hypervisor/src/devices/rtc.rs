@@ -13,8 +13,9 @@ pub struct Rtc {
     ram: [u8; 128],
     /// Guest time minus host time, in seconds.
     offset: i64,
-    /// Guest time at which SET stopped the clock.
-    frozen: Option<i64>,
+    /// Where SET stopped the clock. Kept by field: a guest sets one after the other, and on the way the date may be none, such
+    /// as the 31st of a month that has 30 days.
+    frozen: Option<Civil>,
     flags: u8,
     next_periodic: Option<Instant>,
     next_second: Option<Instant>,
@@ -48,13 +49,41 @@ fn civil_from_days(days: i64) -> (i64, i64, i64) {
     (yoe + era * 400 + i64::from(m <= 2), m, doy - (153 * mp + 2) / 5 + 1)
 }
 
+/// A date and time by its fields.
+#[derive(Clone, Copy, Debug)]
+struct Civil {
+    year: i64,
+    month: i64,
+    day: i64,
+    hour: i64,
+    minute: i64,
+    second: i64,
+}
+
+impl Civil {
+    /// From seconds since 1970.
+    fn from_secs(t: i64) -> Self {
+        let (days, secs) = (t.div_euclid(86_400), t.rem_euclid(86_400));
+        let (year, month, day) = civil_from_days(days);
+        Self { year, month, day, hour: secs / 3600, minute: secs / 60 % 60, second: secs % 60 }
+    }
+
+    fn days(&self) -> i64 {
+        days_from_civil(self.year, self.month, self.day)
+    }
+
+    fn secs(&self) -> i64 {
+        self.days() * 86_400 + self.hour * 3600 + self.minute * 60 + self.second
+    }
+}
+
 impl Rtc {
     fn host() -> Duration {
         SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
     }
 
-    fn time(&self) -> i64 {
-        self.frozen.unwrap_or_else(|| Self::host().as_secs() as i64 + self.offset)
+    fn time(&self) -> Civil {
+        self.frozen.unwrap_or_else(|| Civil::from_secs(Self::host().as_secs() as i64 + self.offset))
     }
 
     fn encode(&self, v: i64) -> u8 {
@@ -87,17 +116,15 @@ impl Rtc {
             return 0xff;
         }
         let t = self.time();
-        let (days, secs) = (t.div_euclid(86_400), t.rem_euclid(86_400));
-        let (y, m, d) = civil_from_days(days);
         match self.index {
-            0 => self.encode(secs % 60),
-            2 => self.encode(secs / 60 % 60),
-            4 => self.encode_hour(secs / 3600),
-            6 => self.encode((days + 4).rem_euclid(7) + 1),
-            7 => self.encode(d),
-            8 => self.encode(m),
-            9 => self.encode(y),
-            0x32 => self.encode(y.div_euclid(100)),
+            0 => self.encode(t.second),
+            2 => self.encode(t.minute),
+            4 => self.encode_hour(t.hour),
+            6 => self.encode((t.days() + 4).rem_euclid(7) + 1),
+            7 => self.encode(t.day),
+            8 => self.encode(t.month),
+            9 => self.encode(t.year),
+            0x32 => self.encode(t.year.div_euclid(100)),
             0xa => {
                 // The last 244 us of a second are announced as an update in progress.
                 let updating = self.frozen.is_none() && Self::host().subsec_micros() >= 1_000_000 - 244;
@@ -128,7 +155,7 @@ impl Rtc {
                     match (set, self.frozen) {
                         (true, None) => self.frozen = Some(self.time()),
                         (false, Some(t)) => {
-                            self.offset = t - Self::host().as_secs() as i64;
+                            self.offset = t.secs() - Self::host().as_secs() as i64;
                             self.frozen = None;
                         }
                         _ => {}
@@ -146,23 +173,19 @@ impl Rtc {
     }
 
     fn set_field(&mut self, n: u8, v: u8) {
-        let t = self.time();
-        let (days, secs) = (t.div_euclid(86_400), t.rem_euclid(86_400));
-        let (mut y, mut m, mut d) = civil_from_days(days);
-        let (mut hh, mut mm, mut ss) = (secs / 3600, secs / 60 % 60, secs % 60);
+        let mut t = self.time();
         match n {
-            0 => ss = self.decode(v).min(59),
-            2 => mm = self.decode(v).min(59),
-            4 => hh = self.decode_hour(v).min(23),
-            7 => d = self.decode(v).clamp(1, 31),
-            8 => m = self.decode(v).clamp(1, 12),
-            9 => y = y.div_euclid(100) * 100 + self.decode(v),
-            _ => y = self.decode(v) * 100 + y.rem_euclid(100),
+            0 => t.second = self.decode(v).min(59),
+            2 => t.minute = self.decode(v).min(59),
+            4 => t.hour = self.decode_hour(v).min(23),
+            7 => t.day = self.decode(v).clamp(1, 31),
+            8 => t.month = self.decode(v).clamp(1, 12),
+            9 => t.year = t.year.div_euclid(100) * 100 + self.decode(v),
+            _ => t.year = self.decode(v) * 100 + t.year.rem_euclid(100),
         }
-        let t = days_from_civil(y, m, d) * 86_400 + hh * 3600 + mm * 60 + ss;
         match &mut self.frozen {
             Some(f) => *f = t,
-            None => self.offset = t - Self::host().as_secs() as i64,
+            None => self.offset = t.secs() - Self::host().as_secs() as i64,
         }
     }
 
@@ -210,7 +233,7 @@ impl Rtc {
     }
 
     fn alarm_matches(&self) -> bool {
-        let secs = self.time().rem_euclid(86_400);
+        let secs = self.time().secs().rem_euclid(86_400);
         let any = |v: u8| v & 0xc0 == 0xc0;
         let (s, m, h) = (self.ram[1], self.ram[3], self.ram[5]);
         (any(s) || self.decode(s) == secs % 60)
