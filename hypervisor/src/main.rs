@@ -4,6 +4,8 @@ use clap::{Args, Parser, Subcommand};
 use paravane::config::{self, SerialConfig, VmConfig};
 use paravane::engine::EngineKind;
 use paravane::vm;
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -83,10 +85,20 @@ fn main() -> ExitCode {
         stats: r.stats,
     };
     match vm::run(&cfg) {
-        Ok(outcome) => ExitCode::from(outcome.status()),
+        Ok(outcome) => {
+            if let Some(text) = outcome.remark() {
+                say(&text);
+            }
+            ExitCode::from(outcome.status())
+        }
         Err(e) => {
-            eprintln!("paravane: {e}");
+            say(&e);
             ExitCode::from(if e.is_usage() { 2 } else { 3 })
         }
     }
+}
+
+/// Tells the user; a closed standard error leaves nobody to hear it.
+fn say(text: &dyn Display) {
+    let _ = writeln!(io::stderr(), "paravane: {text}");
 }

@@ -55,6 +55,11 @@ pub enum VmError {
     /// The serial output's file or standard output fails.
     #[error("the serial port's output cannot be written ({0}); make room there or send it elsewhere with --serial")]
     Output(Arc<io::Error>),
+    /// The vCPU's thread panicked, which the panic hook has reported.
+    #[error(
+        "the hypervisor itself failed, as the message above says; please report it with the command line that led to it"
+    )]
+    Defect,
     /// An empty initrd is surely a mistake.
     #[error("the initrd \"{0}\" is empty; build it again or leave --initrd out")]
     EmptyInitrd(String),
@@ -81,7 +86,10 @@ pub enum VmError {
 impl VmError {
     /// Whether the user, not the host, can mend it.
     pub fn is_usage(&self) -> bool {
-        !matches!(self, Self::Memory(_) | Self::Engine(EngineError::Bt(_)) | Self::Host(_) | Self::Output(_))
+        !matches!(
+            self,
+            Self::Memory(_) | Self::Engine(EngineError::Bt(_)) | Self::Host(_) | Self::Output(_) | Self::Defect
+        )
     }
 }
 
@@ -95,6 +103,18 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// One sentence for the user when the guest ended in a way that may surprise.
+    pub fn remark(self) -> Option<&'static str> {
+        match self {
+            Self::Stopped(StopCause::GuestPanic) => Some("the guest reported a panic"),
+            Self::Stopped(StopCause::TripleFault(_)) => {
+                Some("the guest crashed by a triple fault; its last words, if any, are on its serial port")
+            }
+            Self::Stopped(StopCause::Reset) => Some("the guest asked for a reset, which ends the run"),
+            _ => None,
+        }
+    }
+
     /// The process's exit status; see the command line's help.
     pub fn status(self) -> u8 {
         match self {
@@ -167,7 +187,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         output.finish();
     }
     drop(terminal);
-    let (result, counters) = ran.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    let (result, counters) = ran.map_err(|_| VmError::Defect)?;
     if cfg.stats {
         print_stats(format, reason, ran_for, &counters);
     }

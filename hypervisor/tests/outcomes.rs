@@ -4,7 +4,9 @@
 
 mod common;
 
-use common::{ECHO, Guest, HALT, PATIENCE, POWER_OFF, SPIN, Scratch, code, finish, multiboot, out, pvh, run, say};
+use common::{
+    ECHO, Guest, HALT, PATIENCE, POWER_OFF, SPIN, Scratch, code, finish, multiboot, out, pvh, run, say, sentence,
+};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -31,6 +33,11 @@ fn each_end_has_its_status() {
         for (format, image) in [("pvh", pvh(&guest)), ("multiboot", multiboot(&guest))] {
             let output = finish(&mut run(&files.file("kernel", &image)));
             assert_eq!(output.status.code(), Some(status), "{name} from {format}: {output:?}");
+            if status == 0 {
+                assert!(output.stderr.is_empty(), "{output:?}");
+            } else {
+                assert!(sentence(&output).contains("the guest"));
+            }
         }
     }
 }
