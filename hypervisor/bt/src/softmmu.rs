@@ -170,9 +170,9 @@ impl Engine {
     pub(crate) fn commit_bounce(&mut self) -> Result<(), Exception> {
         if let Some(exc) = self.bounce.fault.take() {
             let st = self.cpu();
-            // An unmasked invalid operation keeps the instruction from storing; exceptions of the result do not.
+            // An unmasked invalid operation, overflow or underflow keeps the instruction from storing.
             let (fcw, fsw) = (st.xsave.0[0], st.xsave.0[2]);
-            if fsw & !fcw & 1 != 0 {
+            if fsw & !fcw & 0x19 != 0 {
                 return Ok(());
             }
             st.xsave.0[..self.before_fault.len()].copy_from_slice(&self.before_fault);

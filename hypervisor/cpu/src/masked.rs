@@ -103,18 +103,8 @@ pub(crate) fn emulate<E: Env + ?Sized>(
         if mmx_form && st.xsave.0[2] & 0x80 != 0 {
             return Err(Exception::FpuError);
         }
-        // The address must be canonical even if no byte is chosen.
+        // Both pages are checked before the first byte is stored, whatever the mask says, on the host CPUs seen (SDM vol. 2, MASKMOVDQU, permits it).
         for n in [0, active.size as u64 - 1] {
-            address(st, n)?;
-        }
-        // With no byte chosen, page faults are raised all the same on the host CPUs seen (SDM vol. 2, MASKMOVDQU, permits both).
-        let none = active.bytes == 0;
-        for n in [0, active.size as u64 - 1].into_iter().filter(|_| none) {
-            let at = address(st, n)?;
-            mem::probe_write(st, env, at, 1, mem::Privilege::Current)?;
-        }
-        // All pages are checked before the first byte is stored.
-        for n in (0..active.size as u64).filter(chosen) {
             let at = address(st, n)?;
             mem::probe_write(st, env, at, 1, mem::Privilege::Current)?;
         }

@@ -247,8 +247,12 @@ fn load_component(st: &mut CpuState, c: u32, present: bool, b: &[u8; XSAVE_BYTES
     if c == 0 {
         st.xsave.0[..24].copy_from_slice(&x87_control(b, wide));
         // Reserved bits of the control word do not keep what is loaded: bit 6 reads as one, the others as zero.
-        let fcw = u16::from_le_bytes([st.xsave.0[0], st.xsave.0[1]]) & 0x1f3f | 0x40;
+        let fcw = (u16::from_le_bytes([st.xsave.0[0], st.xsave.0[1]]) & 0x1f3f) | 0x40;
         st.xsave.0[..2].copy_from_slice(&fcw.to_le_bytes());
+        // ES and B follow from the exceptions that are flagged and not masked.
+        let pending = u8::from(st.xsave.0[2] & !st.xsave.0[0] & 0x3f != 0) << 7;
+        st.xsave.0[2] = (st.xsave.0[2] & 0x7f) | pending;
+        st.xsave.0[3] = (st.xsave.0[3] & 0x7f) | pending;
         st.xsave.0[32..160].copy_from_slice(&b[32..160]);
         return;
     }

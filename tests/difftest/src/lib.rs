@@ -213,8 +213,8 @@ impl<'a> Tester<'a> {
             // and a faulting store of VCVTPS2PH may or may not have set MXCSR's exception flags.
             t.mmx_transition = i.code().cpuid_features().contains(&CpuidFeature::MMX)
                 || (0..i.op_count()).any(|n| i.op_register(n).is_mm());
-            // A packed-decimal store across a page is done in pieces.
-            t.partial_store = i.mnemonic() == Mnemonic::Fbstp;
+            // A packed-decimal or 80-bit store across a page is done in pieces.
+            t.partial_store = i.mnemonic() == Mnemonic::Fbstp || i.code() == iced_x86::Code::Fstp_m80fp;
             t.mxcsr_flags = i.mnemonic() == Mnemonic::Vcvtps2ph;
             // A masked store that touches two pages may report either, and any active byte in it; it may have stored to the other
             // page (SDM vol. 2, MASKMOVDQU; vol. 1, section 15.6.4, speaks of elements only).

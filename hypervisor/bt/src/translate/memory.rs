@@ -406,7 +406,7 @@ fn waits_for_x87(i: &Instruction) -> bool {
     unit_of(i.code()) == Unit::X87
         && !matches!(
             i.mnemonic(),
-            Mn::Fnstcw | Mn::Fnstsw | Mn::Fnstenv | Mn::Fnsave | Mn::Fninit | Mn::Fnclex | Mn::Cvtpi2pd
+            Mn::Fnstcw | Mn::Fnstsw | Mn::Fnstenv | Mn::Fnsave | Mn::Fninit | Mn::Fnclex | Mn::Cvtpi2pd | Mn::Cvtpi2ps
         )
 }
 
