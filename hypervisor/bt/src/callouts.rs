@@ -140,6 +140,11 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
     }
     e.stats.emulated += 1;
     e.emulated[i.mnemonic() as usize] += 1;
+    match i.mnemonic() {
+        Mnemonic::In | Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd => e.stats.pio_reads += 1,
+        Mnemonic::Out | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => e.stats.pio_writes += 1,
+        _ => {}
+    }
     st.rip = i.ip();
     match emulate::step(st, e, &i) {
         Ok(Step::Next) if !ends && (e.tables.blocks[block].live || mode.alone()) => {
