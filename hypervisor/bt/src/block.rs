@@ -200,8 +200,8 @@ pub(crate) struct Block {
     pub(crate) placed: Placed,
     /// Offset of the entry point.
     pub(crate) entry: u32,
-    /// Exits that jump straight here.
-    pub(crate) incoming: Vec<u32>,
+    /// The first of the exits that jump straight here, or [`NO_EXIT`]; the others follow by [`Exit::next`].
+    pub(crate) incoming: u32,
     /// This block's own exits: a range of [`Tables::exits`].
     pub(crate) exits: std::ops::Range<u32>,
     /// Places that may fault: a range of [`Tables::faults`].
@@ -220,13 +220,21 @@ pub(crate) struct Exit {
     /// Cache offset of the stub that the jump takes while unlinked.
     pub(crate) stub: u32,
     pub(crate) linked: Option<BlockId>,
+    /// The next exit that is linked to the same block, or [`NO_EXIT`].
+    pub(crate) next: u32,
 }
+
+/// Ends a list of exits.
+pub(crate) const NO_EXIT: u32 = u32::MAX;
 
 /// A memory access that may take the slow path.
 #[derive(Clone, Copy)]
 pub(crate) struct Site {
     pub(crate) block: BlockId,
-    pub(crate) rip: u64,
+    /// Distance of the instruction from the block's first one.
+    pub(crate) delta: u32,
+    /// Where the access starts over once the soft TLB has its page: an offset in the block's hot part.
+    pub(crate) retry: u32,
     pub(crate) size: u16,
     pub(crate) read: bool,
     pub(crate) write: bool,
@@ -275,12 +283,40 @@ pub(crate) enum Action {
     TooLong,
 }
 
-/// A place in translated code where the host CPU may raise an exception on the guest's behalf.
+/// A place in translated code where the host CPU may raise an exception on the guest's behalf. There is one for every other
+/// guest instruction, so it is packed.
 #[derive(Clone, Copy)]
 pub(crate) struct FaultSite {
     /// Offset in the block as it was assembled, hot part first.
     pub(crate) at: u32,
-    pub(crate) kind: FaultKind,
+    /// Distance of a RIP from the block's first one.
+    delta: i32,
+    /// [`FaultSite::POLL`], [`FaultSite::POLL_INDIRECT`], or a borrowed host register plus one.
+    what: u8,
+}
+
+impl FaultSite {
+    const POLL: u8 = 0xff;
+    const POLL_INDIRECT: u8 = 0xfe;
+
+    /// Packs what stands at `at`. `None`: the RIP is too far away.
+    pub(crate) fn new(at: u32, kind: FaultKind, start_rip: u64) -> Option<Self> {
+        let (delta, what) = match kind {
+            FaultKind::Guest { delta, borrowed } => (i32::try_from(delta).ok()?, borrowed.map_or(0, |h| h + 1)),
+            FaultKind::Poll { rip } => (i32::try_from(rip.wrapping_sub(start_rip) as i64).ok()?, Self::POLL),
+            FaultKind::PollIndirect => (0, Self::POLL_INDIRECT),
+        };
+        Some(Self { at, delta, what })
+    }
+
+    /// What stands there.
+    pub(crate) fn kind(self, start_rip: u64) -> FaultKind {
+        match self.what {
+            Self::POLL => FaultKind::Poll { rip: start_rip.wrapping_add(i64::from(self.delta) as u64) },
+            Self::POLL_INDIRECT => FaultKind::PollIndirect,
+            n => FaultKind::Guest { delta: self.delta as u32, borrowed: n.checked_sub(1) },
+        }
+    }
 }
 
 /// What stands at a [`FaultSite`].

@@ -49,9 +49,8 @@ impl Engine {
 pub(crate) unsafe extern "sysv64" fn mem(e: *mut Engine, la: u64, site: u32) -> Back {
     // SAFETY: the thunk passes the engine that runs on this thread, and nothing else refers to it meanwhile.
     let e = unsafe { &mut *e };
-    let s = e.tables.sites[site as usize];
     e.stats.tlb_misses += 1;
-    finish_access(e, la, site, s.rip)
+    finish_access(e, la, site)
 }
 
 /// An access in a mode with segmentation: `offset` within the site's segment.
@@ -59,20 +58,26 @@ pub(crate) unsafe extern "sysv64" fn seg_mem(e: *mut Engine, offset: u64, site: 
     // SAFETY: as in `mem`.
     let e = unsafe { &mut *e };
     let s = e.tables.sites[site as usize];
+    let rip = e.site_rip(&s);
     match e.segment_address(&s, offset) {
         Ok(la) => match e.resolve_segmented(la, &s) {
             Ok(Some(p)) => Back::resume(p, s.simd),
-            Ok(None) => e.again_alone(s.rip),
-            Err(exc) => e.raise_and_go(exc, s.rip),
+            Ok(None) => e.again_alone(rip),
+            Err(exc) => e.raise_and_go(exc, rip),
         },
-        Err(exc) => e.raise_and_go(exc, s.rip),
+        Err(exc) => e.raise_and_go(exc, rip),
     }
 }
 
-fn finish_access(e: &mut Engine, la: u64, site: u32, rip: u64) -> Back {
+fn finish_access(e: &mut Engine, la: u64, site: u32) -> Back {
     let s = e.tables.sites[site as usize];
+    let rip = e.site_rip(&s);
     match e.resolve(la, &s) {
-        Ok(Resolved::Filled) => Back::resume(0, s.simd),
+        Ok(Resolved::Filled) => {
+            let at = e.tables.blocks[s.block as usize].placed.offset(s.retry);
+            let simd = if s.simd { Back::LOAD_FPU } else { 0 };
+            Back { value: e.code.address(at), bits: Back::JUMP | simd }
+        }
         Ok(Resolved::Bounced(p)) => Back::resume(p, s.simd),
         Ok(Resolved::OwnCode) => e.again_alone(rip),
         Err(exc) => {
@@ -101,7 +106,10 @@ pub(crate) unsafe extern "sysv64" fn commit(e: *mut Engine, site: u32) -> Back {
     let s = e.tables.sites[site as usize];
     match e.commit_bounce() {
         Ok(()) => Back::resume(0, s.simd),
-        Err(exc) => e.raise_and_go(exc, s.rip),
+        Err(exc) => {
+            let rip = e.site_rip(&s);
+            e.raise_and_go(exc, rip)
+        }
     }
 }
 

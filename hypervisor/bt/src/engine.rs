@@ -257,7 +257,7 @@ impl Engine {
         let inside = if cold { b.placed.cold_offset(at) } else { at - b.placed.hot };
         let faults = &self.tables.faults[b.faults.start as usize..b.faults.end as usize];
         let f = faults.iter().find(|f| f.at == inside)?;
-        Some((f.kind, b.key.rip))
+        Some((f.kind(b.key.rip), b.key.rip))
     }
 
     /// Runs the vCPU; see [`crate::BtVcpu::run`].

@@ -1,7 +1,7 @@
 //! From RIP to a block: translate the address, look the block up, or make it.
 #![allow(unsafe_code)] // Reads guest RAM through raw pointers.
 
-use crate::block::{Block, BlockId, Key, Mode};
+use crate::block::{Block, BlockId, Key, Mode, NO_EXIT};
 use crate::engine::Engine;
 use crate::state::{JC_ENTRIES, NO_SELECTOR};
 use crate::translate::{Decoded, Translator, decode};
@@ -316,7 +316,7 @@ impl Engine {
             second_page,
             placed,
             entry: placed.offset(t.entry),
-            incoming: Vec::new(),
+            incoming: NO_EXIT,
             exits: first_exit..self.tables.exits.len() as u32,
             faults: faults..self.tables.faults.len() as u32,
             live: !key.mode.alone(),
@@ -375,17 +375,33 @@ impl Engine {
             return;
         }
         self.code.patch(patch, entry);
-        self.tables.exits[exit as usize].linked = Some(n as BlockId);
-        self.tables.blocks[n].incoming.push(exit);
+        let x = &mut self.tables.exits[exit as usize];
+        x.linked = Some(n as BlockId);
+        x.next = std::mem::replace(&mut self.tables.blocks[n].incoming, exit);
         self.stats.chained += 1;
     }
 
     /// Points an exit back at its stub.
     pub(crate) fn unlink(&mut self, exit: u32) {
         let x = &mut self.tables.exits[exit as usize];
-        if x.linked.take().is_some() {
-            let (patch, stub) = (x.patch, x.stub);
-            self.code.patch(patch, stub);
+        let Some(to) = x.linked.take() else { return };
+        let next = std::mem::replace(&mut x.next, NO_EXIT);
+        let (patch, stub) = (x.patch, x.stub);
+        self.code.patch(patch, stub);
+        // Take it out of its target's list.
+        let head = &mut self.tables.blocks[to as usize].incoming;
+        if *head == exit {
+            *head = next;
+            return;
+        }
+        let mut at = *head;
+        while at != NO_EXIT {
+            let x = &mut self.tables.exits[at as usize];
+            if x.next == exit {
+                x.next = next;
+                return;
+            }
+            at = x.next;
         }
     }
 
@@ -397,12 +413,10 @@ impl Engine {
         }
         b.live = false;
         let (key, second, exits) = (b.key, b.second_page, b.exits.clone());
-        let incoming = std::mem::take(&mut b.incoming);
         self.map.remove(&key);
-        for x in incoming {
-            if self.tables.exits[x as usize].linked == Some(id) {
-                self.unlink(x);
-            }
+        while self.tables.blocks[id as usize].incoming != NO_EXIT {
+            let x = self.tables.blocks[id as usize].incoming;
+            self.unlink(x);
         }
         for x in exits {
             self.unlink(x);

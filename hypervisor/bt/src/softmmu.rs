@@ -41,6 +41,11 @@ pub(crate) struct BounceTarget {
 }
 
 impl Engine {
+    /// RIP of the instruction that a site belongs to.
+    pub(crate) fn site_rip(&self, s: &Site) -> u64 {
+        self.tables.blocks[s.block as usize].key.rip.wrapping_add(u64::from(s.delta))
+    }
+
     /// Makes the operand at linear address `la` reachable.
     pub(crate) fn resolve(&mut self, la: u64, s: &Site) -> Result<Resolved, Exception> {
         let st = self.cpu();
@@ -251,11 +256,12 @@ impl Engine {
     /// The bytes of a masked operand that its instruction really touches.
     fn active_bytes(&mut self, s: &Site) -> Option<u64> {
         let st = self.cpu();
-        st.rip = s.rip;
+        st.rip = self.site_rip(s);
         let mut bytes = [0u8; 15];
         let base = if st.code64() { 0 } else { st.segment(Seg::Cs).base };
-        let n = paravane_cpu::mem::fetch(st, self, base.wrapping_add(s.rip), &mut bytes).ok()?;
-        let i = iced_x86::Decoder::with_ip(st.code_bits(), &bytes[..n], s.rip, iced_x86::DecoderOptions::NONE).decode();
+        let n = paravane_cpu::mem::fetch(st, self, base.wrapping_add(st.rip), &mut bytes).ok()?;
+        let i =
+            iced_x86::Decoder::with_ip(st.code_bits(), &bytes[..n], st.rip, iced_x86::DecoderOptions::NONE).decode();
         paravane_cpu::masked::active_bytes(st, &i).map(|m| m.bytes)
     }
 
@@ -263,7 +269,7 @@ impl Engine {
     pub(crate) fn segment_address(&mut self, s: &Site, offset: u64) -> Result<u64, Exception> {
         const SEGS: [Seg; 6] = [Seg::Es, Seg::Cs, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs];
         let st = self.cpu();
-        st.rip = s.rip;
+        st.rip = self.site_rip(s);
         ea::segmented(st, SEGS[usize::from(s.seg).min(5)], offset, usize::from(s.size), s.write)
     }
 
@@ -366,13 +372,6 @@ impl Engine {
             self.flush_jump_cache(view);
         }
         for x in std::mem::take(&mut self.cross_links) {
-            self.unlink_cross(x);
-        }
-    }
-
-    fn unlink_cross(&mut self, x: u32) {
-        if let Some(to) = self.tables.exits[x as usize].linked {
-            self.tables.blocks[to as usize].incoming.retain(|&i| i != x);
             self.unlink(x);
         }
     }

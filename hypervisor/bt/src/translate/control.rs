@@ -38,7 +38,15 @@ impl Translator<'_> {
             return;
         }
         if backward {
-            self.poll(FaultKind::Poll { rip: target });
+            let near = i32::try_from(target.wrapping_sub(self.start_rip) as i64).is_ok();
+            if near {
+                self.poll(FaultKind::Poll { rip: target });
+            } else {
+                // Too far for a packed fault site: the state says where to go.
+                self.asm.mov_imm(H::RCX, target);
+                self.asm.store(M::gs(off::RIP), H::RCX);
+                self.poll(FaultKind::PollIndirect);
+            }
         }
         if self.linkable(target) {
             let stub = self.asm.label();

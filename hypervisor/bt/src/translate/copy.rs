@@ -216,7 +216,9 @@ impl Translator<'_> {
         if let Err(e) = self.asm.guest(&out) {
             self.encode_failed(i, &e);
         }
-        self.fault_site(at, FaultKind::Guest { delta: self.cur_delta(), borrowed: borrowed.map(|h| h.0) });
+        if may_fault(i) {
+            self.fault_site(at, FaultKind::Guest { delta: self.cur_delta(), borrowed: borrowed.map(|h| h.0) });
+        }
 
         for k in 0..count {
             if temps[k].write {
@@ -373,4 +375,21 @@ fn required_alignment(i: &Instruction, size: u16) -> u16 {
         _ if legacy && size == 16 && unit_of(i.code()) != Unit::Integer => 16,
         _ => 0,
     }
+}
+
+/// Whether the host CPU may raise an exception at a copied instruction. Integer instructions on registers cannot, but for
+/// division; operands in memory can be misaligned.
+fn may_fault(i: &Instruction) -> bool {
+    unit_of(i.code()) != Unit::Integer
+        || matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
+        || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+        || !plain_on_registers(i)
+}
+
+/// Whether an integer instruction on registers is one that every supported host has.
+fn plain_on_registers(i: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    i.cpuid_features()
+        .iter()
+        .all(|f| matches!(f, F::INTEL8086 | F::INTEL186 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV))
 }

@@ -151,7 +151,6 @@ pub(crate) struct Access {
 /// A slow path to be emitted behind the block.
 pub(crate) struct Slow {
     slow: Label,
-    retry: Label,
     done: Label,
     ea: Ea,
     /// Extra code between the address and the access, see [`Pending`].
@@ -242,7 +241,8 @@ impl Translator<'_> {
         let site = self.tables.sites.len() as u32;
         self.tables.sites.push(Site {
             block: self.block,
-            rip: self.cur_rip,
+            delta: self.cur_delta(),
+            retry: self.asm.pos(),
             size: acc.size,
             read: acc.read,
             write: acc.write,
@@ -267,13 +267,12 @@ impl Translator<'_> {
             return;
         }
         let (slow, done) = (self.asm.label(), self.asm.label());
-        let retry = self.asm.here();
         self.emit_ea(&acc.ea, true);
         self.emit_pending(pre, acc.ea.bits);
         self.emit_lookup(acc.size, acc.write, acc.flags_live, slow);
         self.emit_op(&op, Loc::Indexed);
         self.asm.bind(done);
-        self.slow.push(Slow { slow, retry, done, ea: acc.ea, pre, site, op, write: acc.write });
+        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op, write: acc.write });
     }
 
     /// RCX = linear address in; operand at `[r15 + rcx]` out, or a jump to `slow`.
@@ -317,15 +316,8 @@ impl Translator<'_> {
             self.emit_pending(s.pre, s.ea.bits);
             self.asm.mov_imm(H::R15, u64::from(s.site));
             self.asm.call_gs(Thunk::Mem.offset());
-            let again = self.asm.label();
-            let bounce = self.asm.label();
-            self.asm.jrcxz(again);
-            self.asm.jmp8(bounce);
-            self.asm.bind(again);
-            self.asm.jmp(s.retry);
-            self.asm.bind(bounce);
-            let rip = self.tables.sites[s.site as usize].rip;
-            self.cur_rip = rip;
+            // It comes back here only with the bounce buffer in RCX; after a fill the access starts over in line.
+            self.cur_rip = self.start_rip.wrapping_add(u64::from(self.tables.sites[s.site as usize].delta));
             self.emit_op(&s.op, Loc::Rcx);
             if s.write {
                 self.asm.mov_imm(H::R15, u64::from(s.site));

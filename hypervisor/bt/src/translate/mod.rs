@@ -15,7 +15,7 @@ mod string;
 mod system;
 
 use crate::asm::{Asm, H, M};
-use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, Tables};
+use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, NO_EXIT, Tables};
 use crate::cache::Placed;
 use crate::regs::{Home, Width, home};
 use crate::state::{Thunk, off};
@@ -213,7 +213,7 @@ impl<'a> Translator<'a> {
 
     /// Records that the host may raise an exception at `at`.
     pub(crate) fn fault_site(&mut self, at: u32, kind: FaultKind) {
-        self.tables.faults.push(FaultSite { at, kind });
+        self.tables.faults.extend(FaultSite::new(at, kind, self.start_rip));
     }
 
     /// The callout to make instead when a unit is switched off.
@@ -372,6 +372,7 @@ impl RawExit {
             patch: at.offset(self.patch),
             stub: at.offset(self.stub),
             linked: None,
+            next: NO_EXIT,
         }
     }
 }
