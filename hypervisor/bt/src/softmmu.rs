@@ -38,6 +38,8 @@ pub(crate) struct BounceTarget {
     /// The store faults, unless the instruction turns out not to store because of an exception of its own: the fault, and the
     /// x87/SSE state from before.
     fault: Option<Exception>,
+    /// The store is an x87 instruction's.
+    x87: bool,
 }
 
 impl Engine {
@@ -52,7 +54,8 @@ impl Engine {
         let size = u64::from(s.size);
         if s.masked && self.active_bytes(s) == Some(0) {
             // Nothing is touched, so nothing about the address matters.
-            self.bounce = BounceTarget { pieces: [Piece::default(); 2], at: 0, active: Some(0), fault: None };
+            self.bounce =
+                BounceTarget { pieces: [Piece::default(); 2], at: 0, active: Some(0), fault: None, x87: false };
             return Ok(Resolved::Bounced(self.shared().bounce.0.as_ptr() as u64));
         }
         if s.align > 1 && la & u64::from(s.align - 1) != 0 {
@@ -61,7 +64,7 @@ impl Engine {
         let last = la.wrapping_add(size - 1);
         if st.code64() && !(mmu::is_canonical(la) && mmu::is_canonical(last)) {
             let exc = if s.stack { Exception::StackFault(0) } else { Exception::GeneralProtection(0) };
-            return if s.late_fault { Ok(self.fault_late(exc)) } else { Err(exc) };
+            return if s.late_fault { Ok(self.fault_late(exc, s.x87)) } else { Err(exc) };
         }
         let kind = if s.write { AccessKind::Write } else { AccessKind::Read };
         if (la ^ last) >> 12 != 0 || last < la {
@@ -70,7 +73,7 @@ impl Engine {
         let t = match mmu::walk(st, self, la, Access::current(st, kind)) {
             Ok(t) => t,
             Err(exc) if s.masked => return self.masked_or_late(la, s, kind, exc),
-            Err(exc) if s.late_fault => return Ok(self.fault_late(exc)),
+            Err(exc) if s.late_fault => return Ok(self.fault_late(exc, s.x87)),
             Err(exc) => return Err(exc),
         };
         let page = t.gpa & !0xfff;
@@ -132,7 +135,7 @@ impl Engine {
         let pieces = match self.pieces(la, usize::from(s.size), kind) {
             Ok(p) => p,
             Err(exc) if s.masked => return self.masked_or_late(la, s, kind, exc),
-            Err(exc) if s.late_fault => return Ok(self.fault_late(exc)),
+            Err(exc) if s.late_fault => return Ok(self.fault_late(exc, s.x87)),
             Err(exc) => return Err(exc),
         };
         self.load_bounce(pieces, s, la as usize & 63)
@@ -149,7 +152,7 @@ impl Engine {
             }
         }
         self.stats.bounced += 1;
-        self.bounce = BounceTarget { pieces, at: start, active: None, fault: None };
+        self.bounce = BounceTarget { pieces, at: start, active: None, fault: None, x87: false };
         let buf = &mut self.shared().bounce.0;
         let mut at = start;
         for p in pieces.iter().filter(|p| p.len > 0) {
@@ -164,10 +167,10 @@ impl Engine {
     }
 
     /// Lets an x87 store run on the bounce buffer to see whether it would store at all before its fault is raised.
-    fn fault_late(&mut self, exc: Exception) -> Resolved {
+    fn fault_late(&mut self, exc: Exception, x87: bool) -> Resolved {
         let before = &self.cpu().xsave.0[..self.before_fault.len()];
         self.before_fault.copy_from_slice(before);
-        self.bounce = BounceTarget { fault: Some(exc), ..BounceTarget::default() };
+        self.bounce = BounceTarget { fault: Some(exc), x87, ..BounceTarget::default() };
         Resolved::Bounced(self.shared().bounce.0.as_ptr() as u64)
     }
 
@@ -177,7 +180,7 @@ impl Engine {
             let st = self.cpu();
             // An unmasked invalid operation, overflow or underflow keeps the instruction from storing.
             let (fcw, fsw) = (st.xsave.0[0], st.xsave.0[2]);
-            if fsw & !fcw & 0x19 != 0 {
+            if self.bounce.x87 && fsw & !fcw & 0x19 != 0 {
                 return Ok(());
             }
             st.xsave.0[..self.before_fault.len()].copy_from_slice(&self.before_fault);
@@ -202,7 +205,7 @@ impl Engine {
 
     fn masked_or_late(&mut self, la: u64, s: &Site, kind: AccessKind, exc: Exception) -> Result<Resolved, Exception> {
         match self.masked_access(la, s, kind, exc) {
-            Err(exc) if s.late_fault => Ok(self.fault_late(exc)),
+            Err(exc) if s.late_fault => Ok(self.fault_late(exc, s.x87)),
             r => r,
         }
     }
@@ -249,7 +252,7 @@ impl Engine {
         // A piece that is not there still takes its place in the buffer.
         let place = |n: usize, len: usize| if pieces[n].len > 0 { pieces[n] } else { Piece { gpa: 0, len } };
         let pieces = [place(0, first), place(1, size - first)];
-        self.bounce = BounceTarget { pieces, at: start, active: Some(active), fault: None };
+        self.bounce = BounceTarget { pieces, at: start, active: Some(active), fault: None, x87: false };
         Ok(Resolved::Bounced(buf.as_ptr() as u64))
     }
 

@@ -190,7 +190,11 @@ fn enter<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instruction) -> Do
     }
     stack.set_sp(stack.sp().wrapping_sub(locals));
     // The new top of the stack must be writable (SDM vol. 2, ENTER): found out by rewriting what is there.
-    let top = stack.peek(st, env, 0, size)?;
+    let top = stack.peek(st, env, 0, size).map_err(|exc| match exc {
+        // To the guest it is a write from the start.
+        Exception::PageFault { addr, code } => Exception::PageFault { addr, code: code | 2 },
+        other => other,
+    })?;
     let mut check = stack;
     check.release(size as u64);
     check.push(st, env, top, size)?;
