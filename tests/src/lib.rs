@@ -5,6 +5,7 @@
 //! guest must print. `cargo xtask test` builds and fetches everything first; a test run by hand builds what it needs.
 
 pub mod exercise;
+pub mod guest;
 pub mod host;
 pub mod process;
 pub mod terminal;

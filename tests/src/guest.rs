@@ -1,0 +1,127 @@
+//! The bare-metal test guest: built from `guests/`, run on an engine, judged by its TAP output.
+
+use crate::{host, process};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// What runs the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Paravane's binary translation.
+    Bt,
+    /// QEMU's TCG, as an independent opinion.
+    QemuTcg,
+}
+
+impl Engine {
+    /// Its name in `known-failures.toml`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bt => "paravane-bt",
+            Self::QemuTcg => "qemu-tcg",
+        }
+    }
+}
+
+/// A run takes a second or two; this is for a hang.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The guest's ELF file, built once per test process.
+///
+/// # Panics
+/// It cannot be built.
+pub fn elf() -> &'static Path {
+    static ELF: OnceLock<PathBuf> = OnceLock::new();
+    ELF.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests");
+        let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-guests");
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.current_dir(&folder).args(["build", "--release", "--quiet"]).arg("--target-dir").arg(&target);
+        // The guest has flags of its own, which those of the surrounding build would replace.
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("CARGO_") && text != "CARGO_HOME" || text.ends_with("RUSTFLAGS") {
+                cargo.env_remove(&name);
+            }
+        }
+        let status = cargo.status().expect("cargo can be started");
+        assert!(status.success(), "the test guest cannot be built");
+        target.join("x86_64-unknown-linux-gnu/release/system-guest")
+    })
+}
+
+/// Runs the guest; its exit status and output.
+pub fn run(engine: Engine) -> (Option<i32>, String) {
+    let mut command = match engine {
+        Engine::Bt => {
+            let mut c = Command::new(host::program());
+            c.args(["run", "--engine", "bt", "--memory", "64M", "--debug-exit", "--serial", "stdio", "--kernel"])
+                .arg(elf());
+            c
+        }
+        Engine::QemuTcg => {
+            let mut c = Command::new("qemu-system-x86_64");
+            c.args(["-accel", "tcg", "-cpu", "max", "-m", "64", "-display", "none", "-no-reboot", "-serial", "stdio"])
+                .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel"])
+                .arg(elf());
+            c
+        }
+    };
+    let (status, text) = process::run(&mut command, LIMIT);
+    (status.code(), text)
+}
+
+/// The cases of a TAP listing: name, and the failure's details.
+pub fn cases(tap: &str) -> BTreeMap<String, Result<(), String>> {
+    tap.lines()
+        .filter_map(|line| {
+            let (passed, rest) = match (line.strip_prefix("ok "), line.strip_prefix("not ok ")) {
+                (Some(rest), _) => (true, rest),
+                (_, Some(rest)) => (false, rest),
+                _ => return None,
+            };
+            let rest = rest.split_once(" - ")?.1;
+            let (name, details) = rest.split_once(" # ").unwrap_or((rest, ""));
+            Some((name.trim().to_owned(), if passed { Ok(()) } else { Err(details.to_owned()) }))
+        })
+        .collect()
+}
+
+/// Cases that an engine is known to fail, from `known-failures.toml`.
+pub fn known_failures(engine: Engine) -> Vec<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("known-failures.toml");
+    let text = std::fs::read_to_string(&path).expect("tests/known-failures.toml can be read");
+    parse_known(&text).into_iter().filter(|(e, _)| e == engine.name()).map(|(_, test)| test).collect()
+}
+
+/// Engine and test of each entry. The file is a flat list of `key = "value"` lines under `[[failure]]` headings.
+fn parse_known(text: &str) -> Vec<(String, String)> {
+    text.split("[[failure]]")
+        .skip(1)
+        .filter_map(|entry| {
+            let value = |key: &str| {
+                let line = entry.lines().find(|l| l.split('=').next().is_some_and(|k| k.trim() == key))?;
+                Some(line.split_once('"')?.1.rsplit_once('"')?.0.to_owned())
+            };
+            assert!(value("reason").is_some_and(|r| !r.is_empty()), "a known failure has no reason: {entry}");
+            Some((value("engine")?, value("test")?))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tap_and_the_list_are_read() {
+        let c = cases("1..2\nok 1 - a/b\nnoise\nnot ok 2 - c/d # cr2 wrong\n");
+        assert_eq!(c.len(), 2);
+        assert_eq!(c["c/d"], Err("cr2 wrong".into()));
+        let known = parse_known("# x\n[[failure]]\nengine = \"e\"\ntest = \"t\"\nreason = \"r\"\n");
+        assert_eq!(known, [("e".to_owned(), "t".to_owned())]);
+    }
+}
