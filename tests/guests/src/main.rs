@@ -5,8 +5,10 @@
 #![no_std]
 #![no_main]
 
+mod flow;
 mod paging;
 mod rt;
+mod syscall;
 mod traps;
 
 core::arch::global_asm!(include_str!("boot.s"));
@@ -16,5 +18,7 @@ extern "C" fn guest_main() -> ! {
     rt::init();
     traps::run();
     paging::run();
+    flow::run();
+    syscall::run();
     rt::finish()
 }
