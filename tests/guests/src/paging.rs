@@ -8,7 +8,7 @@ use core::ptr::{read_volatile as read, write_volatile as write};
 #[allow(dead_code, reason = "reached through raw pointers")]
 struct Table([u64; 512]);
 static mut TABLES: [Table; 3] = [const { Table([0; 512]) }; 3];
-static mut PAGES: [Table; 2] = [const { Table([0; 512]) }; 2];
+static mut PAGES: [Table; 3] = [const { Table([0; 512]) }; 3];
 unsafe extern "C" {
     static mut pml4: [u64; 512];
 }
@@ -33,6 +33,34 @@ pub fn open_to_user(va: u64) {
         }
     }
     invlpg(va);
+}
+
+/// The test window, for other groups: pages 0 and 1 of it can be mapped at will.
+pub struct Window {
+    pub va: u64,
+    /// Physical addresses of three pages to map.
+    pub pages: (u64, u64, u64),
+}
+
+/// The window as `run` has set it up.
+pub fn window() -> Window {
+    // SAFETY: only the addresses are taken.
+    let page = |n: usize| unsafe { &raw mut PAGES[n] as u64 };
+    Window { va: VA, pages: (page(0), page(1), page(2)) }
+}
+
+impl Window {
+    /// Writes an entry without invalidating anything.
+    pub fn set(&self, n: usize, entry: u64) {
+        // SAFETY: the window's own page table.
+        unsafe { write((&raw mut TABLES[2] as *mut u64).add(n), entry) }
+    }
+
+    /// Writes an entry and drops the old translation.
+    pub fn map(&self, n: usize, entry: u64) {
+        self.set(n, entry);
+        invlpg(self.va + 4096 * n as u64);
+    }
 }
 
 pub fn run() {

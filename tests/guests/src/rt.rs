@@ -129,6 +129,20 @@ pub fn init() {
     }
 }
 
+/// Points an interrupt gate at `handler` (0: not present); gives the handler it had.
+pub fn set_gate(vector: usize, handler: u64) -> u64 {
+    // SAFETY: one CPU; the caller's handler ends with IRETQ.
+    unsafe {
+        let gate = &raw mut IDT[vector];
+        let [low, high] = core::ptr::read_volatile(gate);
+        let old = if low >> 47 & 1 == 0 { 0 } else { low & 0xffff | low >> 32 & 0xffff_0000 | high << 32 };
+        let present = if handler == 0 { 0 } else { 0x8e << 40 };
+        let new = handler & 0xffff | 8 << 16 | 1 << 32 | present | (handler >> 16 & 0xffff) << 48;
+        core::ptr::write_volatile(gate, [new, handler >> 32]);
+        old
+    }
+}
+
 /// Runs asm that must fault; yields (the trap, the address of the faulting line, whether a trap happened).
 #[macro_export]
 macro_rules! fault {
