@@ -23,6 +23,7 @@ use classify::{Class, Unit, classify, unit_of};
 pub(crate) use control::jump_cache_stub;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic};
 use memory::Slow;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Guest instructions per block at most.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -305,7 +306,11 @@ impl<'a> Translator<'a> {
 
     /// The encoder refused a mapped instruction: a hole in the translator, reported and survived by raising #UD.
     pub(crate) fn encode_failed(&mut self, i: &Instruction, e: &iced_x86::IcedError) {
-        eprintln!("paravane: no translation for {i} ({:?}): {e}; it raises #UD", i.code());
+        // A guest must not be able to flood the log.
+        static REPORTED: AtomicU32 = AtomicU32::new(0);
+        if REPORTED.fetch_add(1, Ordering::Relaxed) < 8 {
+            eprintln!("paravane: no translation for {i} ({:?}): {e}; it raises #UD", i.code());
+        }
         self.callout(i, Action::Undefined);
     }
 
