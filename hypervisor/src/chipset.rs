@@ -139,8 +139,10 @@ impl Interrupts {
 
     fn arm_lapic_timer(&self, vcpu: u32) {
         let Some(apic) = self.lapics.get(vcpu as usize) else { return };
-        let deadline = lock(apic).deadline(self.clock.ns());
-        let ns = deadline.map(|d| match d {
+        // The APIC stays locked until the timer is set: the vCPU and the timer thread both come here, and the one that read
+        // the older deadline must not set it last.
+        let a = lock(apic);
+        let ns = a.deadline(self.clock.ns()).map(|d| match d {
             Deadline::Ns(n) => n,
             Deadline::Tsc(t) => self.clock.ns_of_tsc(t),
         });
@@ -581,3 +583,33 @@ impl Bus for Chipset {
 
 /// Number of I/O APIC pins, for the ACPI tables.
 pub const IOAPIC_PINS: usize = PINS;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A vCPU that sets the next deadline as soon as it is woken by the last one, while the timer thread is still busy with that:
+    /// no deadline may get lost.
+    #[test]
+    fn deadlines_set_while_the_last_one_fires_are_kept() {
+        const ROUNDS: u32 = 20_000;
+        let cfg = ChipsetConfig { cpus: 1, debug_exit: false, serial: Box::new(io::sink()) };
+        let chipset = Chipset::new(cfg).unwrap();
+        let apic = |register: u64, value: u32| {
+            chipset.mmio_write(0, crate::devices::lapic::BASE + register, &value.to_le_bytes());
+        };
+        apic(0xf0, 0x1ff);
+        apic(0x320, 0x4_0040);
+        let began = Instant::now();
+        for round in 0..ROUNDS {
+            let at = crate::tsc::rdtsc() + 20_000 + u64::from(round % 64) * 500;
+            chipset.apic_msr_write(0, 0x6e0, at).unwrap();
+            while !chipset.interrupt_pending(0) {
+                assert!(began.elapsed() < Duration::from_secs(60), "the deadline of round {round} was lost");
+                std::hint::spin_loop();
+            }
+            assert_eq!(chipset.interrupt_ack(0), Some(0x40));
+            apic(0xb0, 0);
+        }
+    }
+}
