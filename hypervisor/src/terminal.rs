@@ -126,8 +126,10 @@ impl Terminal {
             restore_on_panic();
         }
         let watch = Watch { input, tty, to_guest, handle };
+        // Here and not on the new thread: the guest must not speak or be typed at before the terminal is raw.
+        let ours = watch.take_terminal();
         let thread = std::thread::Builder::new().name("terminal".into());
-        me.watcher = Some(thread.spawn(move || watch.run(&signals, wake_fd))?);
+        me.watcher = Some(thread.spawn(move || watch.run(&signals, wake_fd, ours))?);
         Ok(me)
     }
 }
@@ -195,10 +197,9 @@ enum Read {
 }
 
 impl<H: Fn(Event)> Watch<H> {
-    fn run(self, signals: &OwnedFd, wake: RawFd) {
+    fn run(self, signals: &OwnedFd, wake: RawFd, mut ours: bool) {
         let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut open = self.input;
-        let mut ours = self.take_terminal();
         let mut escape = Escape::default();
         // Input for which the guest has no room yet.
         let mut held: Option<Vec<u8>> = None;
