@@ -1,6 +1,6 @@
 //! What a user can ask for, checked in one place.
 
-use crate::engine::EngineKind;
+use crate::engine::{EngineKind, Windows};
 use std::path::PathBuf;
 
 /// Least guest memory: below it no kernel has room for its boot data.
@@ -34,6 +34,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Engine.
     pub engine: EngineKind,
+    /// When guest processes get host mappings under binary translation.
+    pub windows: Windows,
     /// COM1.
     pub serial: SerialConfig,
     /// QEMU-compatible debug exit at port 0xf4.
@@ -57,6 +59,9 @@ pub enum ConfigError {
     /// An engine that does not exist.
     #[error("\"{0}\" is no engine; use auto, bt or kvm")]
     Engine(String),
+    /// A choice about windows that does not exist.
+    #[error("\"{0}\" says nothing about windows; use off, auto or always")]
+    Windows(String),
     /// A serial target that does not exist.
     #[error("\"{0}\" is no place for the serial port; use stdio, null or file=PATH")]
     Serial(String),
@@ -96,6 +101,19 @@ pub fn parse_size(text: &str) -> Result<u64, ConfigError> {
         return Err(error());
     }
     Ok(bytes)
+}
+
+/// Reads when guest processes get windows.
+///
+/// # Errors
+/// When it is none of the three words.
+pub fn parse_windows(text: &str) -> Result<Windows, ConfigError> {
+    match text {
+        "off" => Ok(Windows::Off),
+        "auto" => Ok(Windows::Auto),
+        "always" => Ok(Windows::Always),
+        _ => Err(ConfigError::Windows(text.to_owned())),
+    }
 }
 
 /// Reads the name of an engine.

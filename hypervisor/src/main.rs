@@ -2,7 +2,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use paravane::config::{self, SerialConfig, VmConfig};
-use paravane::engine::EngineKind;
+use paravane::engine::{EngineKind, Windows};
 use paravane::vm;
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -60,6 +60,9 @@ struct Run {
     /// Engine: auto, bt (binary translation) or kvm
     #[arg(long, default_value = "auto", value_parser = config::parse_engine)]
     engine: EngineKind,
+    /// Host mappings for guest processes under binary translation: off, auto (those that compute) or always
+    #[arg(long, default_value = "auto", value_parser = config::parse_windows)]
+    windows: Windows,
     /// Where the serial port goes: stdio, null or file=PATH
     #[arg(long, default_value = "stdio", value_parser = config::parse_serial)]
     serial: SerialConfig,
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         memory: r.memory,
         cpus: r.cpus,
         engine: r.engine,
+        windows: r.windows,
         serial: r.serial,
         debug_exit: r.debug_exit,
         stats: r.stats,

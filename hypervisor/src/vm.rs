@@ -150,7 +150,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let (output, port) = (serial.output, serial.port);
     let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port })?;
     let _ = ending.chipset.set(Arc::downgrade(&chipset));
-    let info = MachineInfo { cpus: cfg.cpus, tsc_khz: tsc::tsc_khz(), apic_hz: lapic::BUS_HZ };
+    let info = MachineInfo { cpus: cfg.cpus, tsc_khz: tsc::tsc_khz(), apic_hz: lapic::BUS_HZ, windows: cfg.windows };
     let mut vcpu = engine::make(kind, 0, mem.clone(), chipset.clone(), &info)?;
     let rsdp = acpi::write(&mem, cfg.cpus)?;
     smbios::write(&mem)?;

@@ -3,7 +3,7 @@
 //! Guest instructions themselves are re-encoded by iced-x86; this covers the handful of forms that address lookups,
 //! exits and register moves need. Every form here leaves the flags alone unless its name says otherwise.
 
-use iced_x86::{Encoder, IcedError, Instruction};
+use iced_x86::{Encoder, IcedError, Instruction, Register};
 
 /// A host register by encoding number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,30 +38,68 @@ pub(crate) struct M {
     /// Index register and scale as a shift count (0..=3).
     pub(crate) index: Option<(H, u8)>,
     pub(crate) disp: i32,
-    /// Relative to the vCPU state (GS) or plain.
-    pub(crate) gs: bool,
+    pub(crate) seg: Base,
+}
+
+/// What an operand's address is relative to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Base {
+    /// Nothing: a host address.
+    Host,
+    /// The vCPU's state, behind GS. The low window is at a fixed distance from it.
+    State,
+    /// The high window, behind FS (see [`crate::window`]).
+    Window,
+}
+
+impl Base {
+    /// The segment prefix.
+    fn prefix(self) -> &'static [u8] {
+        match self {
+            Self::Host => &[],
+            Self::State => &[0x65],
+            Self::Window => &[0x64],
+        }
+    }
+
+    /// iced's name of the segment prefix.
+    pub(crate) fn register(self) -> Register {
+        match self {
+            Self::Host => Register::None,
+            Self::State => Register::GS,
+            Self::Window => Register::FS,
+        }
+    }
 }
 
 impl M {
     /// `gs:[disp]`.
     pub(crate) fn gs(disp: i32) -> Self {
-        Self { base: None, index: None, disp, gs: true }
+        Self { base: None, index: None, disp, seg: Base::State }
     }
     /// `gs:[base + disp]`.
     pub(crate) fn gs_base(base: H, disp: i32) -> Self {
-        Self { base: Some(base), index: None, disp, gs: true }
+        Self { base: Some(base), index: None, disp, seg: Base::State }
     }
     /// `gs:[index << shift + disp]`.
     pub(crate) fn gs_index(index: H, shift: u8, disp: i32) -> Self {
-        Self { base: None, index: Some((index, shift)), disp, gs: true }
+        Self { base: None, index: Some((index, shift)), disp, seg: Base::State }
+    }
+    /// Whether the operand names a register.
+    pub(crate) fn names(&self, h: H) -> bool {
+        self.base == Some(h) || self.index.is_some_and(|(x, _)| x == h)
+    }
+    /// The same place relative to something else, `by` further.
+    pub(crate) fn relative(self, seg: Base, by: i32) -> Self {
+        Self { seg, disp: self.disp + by, ..self }
     }
     /// `[base + disp]`.
     pub(crate) fn base(base: H, disp: i32) -> Self {
-        Self { base: Some(base), index: None, disp, gs: false }
+        Self { base: Some(base), index: None, disp, seg: Base::Host }
     }
     /// `[base + index]`.
     pub(crate) fn base_index(base: H, index: H) -> Self {
-        Self { base: Some(base), index: Some((index, 0)), disp: 0, gs: false }
+        Self { base: Some(base), index: Some((index, 0)), disp: 0, seg: Base::Host }
     }
 }
 
@@ -208,9 +246,7 @@ impl Asm {
 
     /// `[gs] [rex] op modrm` with `reg` in the reg field. `pre` is a mandatory prefix or 0.
     fn rm(&mut self, w: bool, op: &[u8], reg: u8, m: M) {
-        if m.gs {
-            self.b(&[0x65]);
-        }
+        self.b(m.seg.prefix());
         let x = m.index.map_or(0, |(i, _)| i.high());
         let bb = m.base.map_or(0, H::high);
         let rex = 0x40 | (u8::from(w) << 3) | ((reg >> 3) << 2) | (x << 1) | bb;
@@ -336,9 +372,7 @@ impl Asm {
     }
 
     fn vex_0f38(&mut self, pp: u8, op: u8, reg: H, vvvv: H, m: M) {
-        if m.gs {
-            self.b(&[0x65]);
-        }
+        self.b(m.seg.prefix());
         let x = m.index.map_or(0, |(i, _)| i.high());
         let bb = m.base.map_or(0, H::high);
         let b1 = (((reg.high() ^ 1) << 7) | ((x ^ 1) << 6) | ((bb ^ 1) << 5)) | 2;
@@ -385,6 +419,17 @@ impl Asm {
     pub(crate) fn cmp_imm_flags(&mut self, d: H, v: i32) {
         self.rr(true, &[0x81], 7, d);
         self.imm32(v);
+    }
+
+    /// Clobbers flags.
+    pub(crate) fn cmp32_imm_flags(&mut self, d: H, v: i32) {
+        if let Ok(small) = i8::try_from(v) {
+            self.rr(false, &[0x83], 7, d);
+            self.b(&[small as u8]);
+        } else {
+            self.rr(false, &[0x81], 7, d);
+            self.imm32(v);
+        }
     }
 
     pub(crate) fn jcc(&mut self, cond: u8, l: Label) {

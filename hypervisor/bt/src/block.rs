@@ -59,6 +59,8 @@ impl Mode {
     /// The code page is mapped global. Found by the lookup, not part of the vCPU's state; it decides which links outlive a
     /// CR3 load.
     pub(crate) const GLOBAL: u32 = 1 << 21;
+    /// User code reaches memory through the windows (see [`crate::window`]). The engine's choice, not the guest's state.
+    pub(crate) const WINDOW: u32 = 1 << 26;
     /// CPL is not 0 (it may be 1 or 2, which paging counts as supervisor).
     pub(crate) const RING: u32 = 1 << 20;
 
@@ -240,6 +242,10 @@ pub(crate) struct Site {
     pub(crate) write: bool,
     /// The segment is SS (or the base is RSP/RBP): faults of form are #SS.
     pub(crate) stack: bool,
+    /// Where the slow path begins, for accesses through a window: an offset in the block as it was assembled.
+    pub(crate) slow: u32,
+    /// The access goes through a window.
+    pub(crate) window: bool,
     /// The block has x87/SIMD state live.
     pub(crate) simd: bool,
     /// Alignment in bytes below which the instruction raises #GP; that goes before any page fault.
@@ -291,18 +297,21 @@ pub(crate) struct FaultSite {
     pub(crate) at: u32,
     /// Distance of a RIP from the block's first one.
     delta: i32,
-    /// [`FaultSite::POLL`], [`FaultSite::POLL_INDIRECT`], or a borrowed host register plus one.
+    /// [`FaultSite::POLL`], [`FaultSite::POLL_INDIRECT`], or a borrowed host register plus one; with [`FaultSite::WINDOW`],
+    /// `delta` is the number of a site.
     what: u8,
 }
 
 impl FaultSite {
     const POLL: u8 = 0xff;
     const POLL_INDIRECT: u8 = 0xfe;
+    const WINDOW: u8 = 0x40;
 
     /// Packs what stands at `at`. `None`: the RIP is too far away.
     pub(crate) fn new(at: u32, kind: FaultKind, start_rip: u64) -> Option<Self> {
         let (delta, what) = match kind {
             FaultKind::Guest { delta, borrowed } => (i32::try_from(delta).ok()?, borrowed.map_or(0, |h| h + 1)),
+            FaultKind::Window { site, borrowed } => (site as i32, Self::WINDOW | borrowed.map_or(0, |h| h + 1)),
             FaultKind::Poll { rip } => (i32::try_from(rip.wrapping_sub(start_rip) as i64).ok()?, Self::POLL),
             FaultKind::PollIndirect => (0, Self::POLL_INDIRECT),
         };
@@ -314,6 +323,9 @@ impl FaultSite {
         match self.what {
             Self::POLL => FaultKind::Poll { rip: start_rip.wrapping_add(i64::from(self.delta) as u64) },
             Self::POLL_INDIRECT => FaultKind::PollIndirect,
+            n if n & Self::WINDOW != 0 => {
+                FaultKind::Window { site: self.delta as u32, borrowed: (n & !Self::WINDOW).checked_sub(1) }
+            }
             n => FaultKind::Guest { delta: self.delta as u32, borrowed: n.checked_sub(1) },
         }
     }
@@ -324,6 +336,8 @@ impl FaultSite {
 pub(crate) enum FaultKind {
     /// A guest instruction at key.rip + `delta`; `borrowed` is a host register to reload from a temporary slot first.
     Guest { delta: u32, borrowed: Option<u8> },
+    /// An access through a window; `borrowed` as above.
+    Window { site: u32, borrowed: Option<u8> },
     /// A poll of the request page before going to RIP.
     Poll { rip: u64 },
     /// A poll of the request page; the target is in `cpu.rip` already.

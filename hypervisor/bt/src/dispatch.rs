@@ -3,6 +3,7 @@
 
 use crate::engine::Engine;
 use crate::fault;
+use crate::state::BtState;
 use crate::thunks;
 use crate::vcpu::BtError;
 use paravane_cpu::state::rflags;
@@ -15,7 +16,7 @@ pub(crate) const EXIT_FAULT: u64 = 1;
 
 impl Engine {
     pub(crate) fn dispatch(&mut self) -> Result<VcpuExit, BtError> {
-        set_gs_base(self.state as u64)?;
+        let _gs = GsBase::new(self.state)?;
         loop {
             if let Some(StopReason::TripleFault) = self.stop.take() {
                 return Ok(VcpuExit::TripleFault);
@@ -79,6 +80,7 @@ impl Engine {
         if let Some(vector) = self.bus.interrupt_ack(self.id) {
             st.halted = 0;
             self.stats.interrupts += 1;
+            self.sample_window();
             if let Err(stop) = interrupt::deliver_external(st, self, vector) {
                 self.stop = Some(stop);
             }
@@ -132,7 +134,34 @@ impl Engine {
     }
 }
 
-/// Points GS at the shared state, for this thread.
+/// Points GS at the shared state, for this thread, until dropped; and tells the state where FS is.
+struct GsBase;
+
+impl GsBase {
+    fn new(state: *mut BtState) -> Result<Self, BtError> {
+        if !crate::window::fsgsbase() {
+            return set_gs_base(state as u64).map(|()| Self);
+        }
+        // SAFETY: the GS base of this thread is not used by Rust or the C library, and the host lets us set it.
+        unsafe {
+            let fs: u64;
+            std::arch::asm!("rdfsbase {}", out(reg) fs, options(nomem, nostack, preserves_flags));
+            (*state).host_fs = fs;
+            std::arch::asm!("wrgsbase {}", in(reg) state as u64, options(nomem, nostack, preserves_flags));
+        }
+        Ok(Self)
+    }
+}
+
+impl Drop for GsBase {
+    fn drop(&mut self) {
+        if crate::window::fsgsbase() {
+            // SAFETY: as above. The signal handler takes zero to mean that no vCPU runs here.
+            unsafe { std::arch::asm!("wrgsbase {}", in(reg) 0u64, options(nomem, nostack, preserves_flags)) };
+        }
+    }
+}
+
 fn set_gs_base(base: u64) -> Result<(), BtError> {
     const ARCH_SET_GS: libc::c_int = 0x1001;
     // SAFETY: the GS base of this thread is not used by Rust or the C library.

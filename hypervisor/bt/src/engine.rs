@@ -8,12 +8,14 @@ use crate::fetch::{CodePage, ExecTlb};
 use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Thunk, VIEWS};
 use crate::stats::Stats;
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
+use crate::window::Window;
 use crate::{fault, softmmu, thunks};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic};
 use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
 use paravane_cpu::{Bus, CpuState, StopReason};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
@@ -74,6 +76,8 @@ pub(crate) struct RamRegion {
     gpa: u64,
     len: u64,
     hva: u64,
+    /// File behind it, and the offset of its first byte there, when it has one that can be mapped again.
+    file: Option<(i32, u64)>,
 }
 
 /// Guest RAM by host address, for the paths that cannot afford more than a compare.
@@ -89,10 +93,22 @@ impl Ram {
             .iter()
             .filter_map(|r| {
                 let hva = r.get_host_address(MemoryRegionAddress(0)).ok()?;
-                Some(RamRegion { gpa: r.start_addr().raw_value(), len: r.len(), hva: hva as u64 })
+                let file = r.file_offset().map(|f| (f.file().as_raw_fd(), f.start()));
+                Some(RamRegion { gpa: r.start_addr().raw_value(), len: r.len(), hva: hva as u64, file })
             })
             .collect();
         Self { regions, _mem: mem }
+    }
+
+    /// The file and the offset in it that hold the page at `gpa`.
+    pub(crate) fn file(&self, gpa: u64) -> Option<(i32, u64)> {
+        let r = self.regions.iter().find(|r| gpa.wrapping_sub(r.gpa) < r.len)?;
+        r.file.map(|(fd, start)| (fd, start + (gpa - r.gpa)))
+    }
+
+    /// Whether all RAM can be mapped a second time.
+    pub(crate) fn has_files(&self) -> bool {
+        self.regions.iter().all(|r| r.file.is_some())
     }
 
     /// Host address of `len` bytes at `gpa`, when all of them are RAM.
@@ -135,6 +151,8 @@ pub(crate) struct Engine {
     pub(crate) bounce: softmmu::BounceTarget,
     /// Legacy region and header of the XSAVE image before an instruction whose fault was put off.
     pub(crate) before_fault: [u8; 576],
+
+    pub(crate) window: Window,
 
     pub(crate) asm: Asm,
     pub(crate) info: InstructionInfoFactory,
@@ -180,11 +198,15 @@ impl Engine {
         set(st, Thunk::Lookup, thunks::lookup);
         set(st, Thunk::Chain, thunks::chain);
         set(st, Thunk::LoadFpu, thunks::load_fpu);
+        let ram = Ram::new(mem);
+        let window = Window::new(&memory, &ram, cfg.windows);
+        (st.high_mask, st.low_mask) = (crate::window::HIGH_MASK, crate::window::LOW_MASK);
         let mut e = Self {
             id,
             state,
             memory,
-            ram: Ram::new(mem),
+            ram,
+            window,
             bus,
             cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz }),
             stats: Stats::default(),

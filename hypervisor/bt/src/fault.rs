@@ -39,7 +39,7 @@ pub(crate) fn install() -> Result<(), BtError> {
             let mut old: [libc::sigaction; 4] = std::mem::zeroed();
             for (n, &sig) in SIGNALS.iter().enumerate() {
                 let mut new: libc::sigaction = std::mem::zeroed();
-                new.sa_sigaction = handler as *const () as usize;
+                new.sa_sigaction = crate::thunks::signal_entry as *const () as usize;
                 new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
                 failed |= libc::sigaction(sig, &new, &mut old[n]) != 0;
             }
@@ -112,7 +112,7 @@ impl Drop for Running {
     }
 }
 
-unsafe extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
+pub(crate) unsafe extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
     let engine = CURRENT.get();
     if !engine.is_null() {
         // SAFETY: the engine outlives `Running`; the context is the kernel's. The thread was in translated code if the check
@@ -145,6 +145,20 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             if let Some(h) = borrowed {
                 regs[greg(H(h))] = st.tmp[1] as i64;
             }
+        }
+        FaultKind::Window { site, borrowed } => {
+            if let Some(h) = borrowed {
+                regs[greg(H(h))] = st.tmp[1] as i64;
+            }
+            let s = &e.tables.sites[site as usize];
+            let b = &e.tables.blocks[s.block as usize];
+            if matches!(trap, 13 | 14) {
+                // The page is not in the window yet, or never can be: the access's own slow path knows what to do.
+                regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
+                return true;
+            }
+            st.cpu.rip = b.key.rip.wrapping_add(u64::from(s.delta));
+            st.fault_vector = trap;
         }
         FaultKind::Poll { rip } => {
             st.cpu.rip = rip;

@@ -109,6 +109,9 @@ impl Engine {
                 st.irq_shadow = 0;
                 mode.0 |= Mode::SINGLE;
             }
+            if self.use_window(mode) {
+                mode.0 |= Mode::WINDOW;
+            }
             match self.find(mode) {
                 Ok(Some(id)) => return Some(self.prepare(id)),
                 Ok(None) => {
@@ -298,10 +301,11 @@ impl Engine {
             }
         }
         let id = self.tables.blocks.len() as BlockId;
+        let gpr = self.cpu().gpr;
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
-        let t =
-            Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip).translate(&decoded);
+        let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip, &gpr)
+            .translate(&decoded);
         self.decoded = decoded;
         let Some(placed) = self.code.place(&mut self.asm) else {
             self.tables.faults.truncate(faults as usize);
@@ -356,7 +360,14 @@ impl Engine {
             && from.key.rip & !0xfff == to.key.rip & !0xfff
             && to.second_page.is_none();
         let both_global = from.key.mode.has(Mode::GLOBAL) && to.key.mode.has(Mode::GLOBAL);
-        if !same_page && !both_global {
+        let windowed = from.key.mode.has(Mode::WINDOW) && to.key.mode.has(Mode::WINDOW);
+        if !same_page && windowed {
+            let pages = [from, to].into_iter().flat_map(|b| {
+                let (rip, gpa) = (b.key.rip & !0xfff, b.key.gpa & !0xfff);
+                [Some((rip, gpa)), b.second_page.map(|second| (rip.wrapping_add(4096), second))]
+            });
+            self.window.note_link(exit, pages.flatten());
+        } else if !same_page && !both_global {
             // The link would not outlive a change of mappings, but the jump cache does not need the detour through Rust.
             let (patch, view) = (x.patch, x.target_mode.view());
             if x.target_mode.has(Mode::FLAT) {
@@ -367,7 +378,7 @@ impl Engine {
             }
             return;
         }
-        if !same_page {
+        if !same_page && !windowed {
             self.cross_links.push(exit);
         }
         let (patch, already) = (x.patch, x.linked);
@@ -442,6 +453,7 @@ impl Engine {
         self.map.clear();
         self.pages.clear();
         self.cross_links.clear();
+        self.window.forget_links();
         self.tables.clear();
         self.code.clear();
         for view in 0..crate::state::VIEWS {

@@ -32,5 +32,6 @@ mod stats;
 mod thunks;
 mod translate;
 mod vcpu;
+mod window;
 
-pub use vcpu::{BtConfig, BtError, BtKick, BtVcpu, GuestRam};
+pub use vcpu::{BtConfig, BtError, BtKick, BtVcpu, GuestRam, Windows};

@@ -68,6 +68,12 @@ impl Engine {
         }
         let kind = if s.write { AccessKind::Write } else { AccessKind::Read };
         if (la ^ last) >> 12 != 0 || last < la {
+            if s.window && self.pieces(la, usize::from(s.size), kind).is_ok() {
+                let (a, b) = (self.map_in_window(la, s.write), self.map_in_window(last, s.write));
+                if a || b {
+                    return Ok(Resolved::Filled);
+                }
+            }
             return self.bounce_access(la, s, kind);
         }
         let t = match mmu::walk(st, self, la, Access::current(st, kind)) {
@@ -85,6 +91,14 @@ impl Engine {
             if self.pages.contains_key(&page) {
                 return self.bounce_access(la, s, kind);
             }
+        }
+        if s.window {
+            // The soft TLB does not serve this access: what no window can hold goes through the bounce buffer.
+            return if self.map_in_window(la, s.write) {
+                Ok(Resolved::Filled)
+            } else {
+                self.bounce_access(la, s, kind)
+            };
         }
         let writable = s.write || (t.writable && t.dirty);
         self.fill(la, page, hva as u64, t.global, writable, t.page_shift);
@@ -322,6 +336,7 @@ impl Engine {
         if p.blocks.len() > 1 {
             return;
         }
+        self.protect_in_window(page);
         for view in 0..VIEWS {
             let used = &self.tlb_used[view];
             for n in used.local.iter().chain(&used.global).map(|&n| usize::from(n)) {

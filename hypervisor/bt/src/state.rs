@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32};
 /// Entries in one view of the soft TLB.
 pub(crate) const TLB_ENTRIES: usize = 1024;
 /// Entries in one view of the jump cache.
-pub(crate) const JC_ENTRIES: usize = 16384;
+pub(crate) const JC_ENTRIES: usize = 65536;
 /// Soft-TLB views: what user code may reach, what supervisor code may reach while SMAP holds it back, and what
 /// supervisor code may reach otherwise (SDM vol. 3, section 4.6).
 pub(crate) const VIEWS: usize = 3;
@@ -68,6 +68,13 @@ pub(crate) struct BtState {
     pub(crate) mask63: u64,
     pub(crate) mask31: u64,
     pub(crate) mask15: u64,
+    /// Masks of the address bits that tell the windows apart (for PEXT), see [`crate::window`].
+    pub(crate) high_mask: u64,
+    pub(crate) low_mask: u64,
+    /// FS base for translated code while a window is in use, else zero: FS is then left alone.
+    pub(crate) window_fs: u64,
+    /// FS base of Rust code on the thread that runs the vCPU.
+    pub(crate) host_fs: u64,
     /// Places for values that must survive a lookup.
     pub(crate) tmp: [u64; 4],
     /// XSAVE component mask used for the guest's state.
@@ -189,6 +196,8 @@ pub(crate) mod off {
     pub(crate) const MASK63: i32 = offset_of!(BtState, mask63) as i32;
     pub(crate) const MASK31: i32 = offset_of!(BtState, mask31) as i32;
     pub(crate) const MASK15: i32 = offset_of!(BtState, mask15) as i32;
+    pub(crate) const HIGH_MASK: i32 = offset_of!(BtState, high_mask) as i32;
+    pub(crate) const LOW_MASK: i32 = offset_of!(BtState, low_mask) as i32;
     pub(crate) const MODE: i32 = offset_of!(BtState, mode) as i32;
     pub(crate) const IRQ_WINDOW: i32 = offset_of!(BtState, irq_window) as i32;
     pub(crate) const FPU_LIVE: i32 = offset_of!(BtState, fpu_live) as i32;

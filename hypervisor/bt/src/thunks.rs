@@ -4,6 +4,8 @@
 //! RCX and R15 are scratch; R13 holds the guest's RCX, R14 the guest's RSP; the guest's R13-R15 live in memory. Flags in
 //! [`paravane_cpu::state::rflags::NATIVE`] are the guest's, and the same bits of `cpu.rflags` are zero meanwhile.
 //!
+//! While a window is in use, FS points at it in translated code; thunks that enter Rust put Rust's own FS base back.
+//!
 //! Every thunk that enters Rust stores the whole guest state first, the x87/SIMD registers only when they are live, so
 //! that Rust code always sees an exact [`paravane_cpu::CpuState`].
 #![allow(unsafe_code)] // Naked functions: the boundary itself cannot be written in safe Rust.
@@ -23,6 +25,8 @@ const MXCSR: usize = offset_of!(BtState, host_mxcsr);
 const HOST_RSP: usize = offset_of!(BtState, host_rsp);
 const ENGINE: usize = offset_of!(BtState, engine);
 const TMP: usize = offset_of!(BtState, tmp);
+const WINDOW_FS: usize = offset_of!(BtState, window_fs);
+const HOST_FS: usize = offset_of!(BtState, host_fs);
 
 /// Guest registers and flags to memory, then SIMD state when live. Clobbers RAX, RDX; leaves RCX and R15.
 macro_rules! save {
@@ -54,6 +58,11 @@ macro_rules! save {
             "mov dword ptr gs:[{fpu}], 0\n",
             "ldmxcsr gs:[{mxcsr}]\n",
             "9:\n",
+            "cmp qword ptr gs:[{window_fs}], 0\n",
+            "je 9f\n",
+            "mov rax, gs:[{host_fs}]\n",
+            "wrfsbase rax\n",
+            "9:\n",
         )
     };
 }
@@ -62,6 +71,11 @@ macro_rules! save {
 macro_rules! restore {
     () => {
         concat!(
+            "mov rax, gs:[{window_fs}]\n",
+            "test rax, rax\n",
+            "jz 9f\n",
+            "wrfsbase rax\n",
+            "9:\n",
             "mov rax, gs:[{rflags}]\n",
             "mov edx, eax\n",
             "and edx, 0xcd5\n",
@@ -146,6 +160,8 @@ macro_rules! operands {
             xhi = const XHI,
             mxcsr = const MXCSR,
             host_rsp = const HOST_RSP,
+            window_fs = const WINDOW_FS,
+            host_fs = const HOST_FS,
             $($extra)*
         )
     };
@@ -172,6 +188,7 @@ pub(crate) unsafe extern "sysv64" fn enter(target: u64) -> u64 {
         gpr = const GPR,
         rflags = const RFLAGS,
         host_rsp = const HOST_RSP,
+        window_fs = const WINDOW_FS,
     )
 }
 
@@ -278,6 +295,34 @@ pub(crate) unsafe extern "sysv64" fn chain() {
         back!();
         engine = const ENGINE,
         f = sym callouts::chain,
+    )
+}
+
+/// The signal handler's way in: translated code may have left FS pointing at a window, and Rust code needs its own.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn signal_entry() {
+    naked_asm!(
+        "cmp byte ptr [rip + {in_use}], 0",
+        "je 2f",
+        "rdgsbase rax",
+        "test rax, rax",
+        "jz 2f",
+        "cmp qword ptr gs:[{window_fs}], 0",
+        "je 2f",
+        "rdfsbase rax",
+        "push rax",
+        "mov rax, gs:[{host_fs}]",
+        "wrfsbase rax",
+        "call {handler}",
+        "pop rax",
+        "wrfsbase rax",
+        "ret",
+        "2:",
+        "jmp {handler}",
+        in_use = sym crate::window::IN_USE,
+        window_fs = const WINDOW_FS,
+        host_fs = const HOST_FS,
+        handler = sym crate::fault::handler,
     )
 }
 

@@ -4,6 +4,7 @@
 use crate::engine::Engine;
 use crate::fault;
 use crate::state::{BtState, PollPage};
+use crate::window::LOW_SPAN;
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use std::fmt;
 use std::mem::offset_of;
@@ -26,11 +27,24 @@ pub struct BtConfig {
     pub tsc_khz: u32,
     /// Local APIC timer frequency in Hz, for CPUID.
     pub apic_hz: u32,
+    /// When user code reaches memory through host mappings instead of the soft TLB.
+    pub windows: Windows,
+}
+
+/// When a process of the guest gets windows: host mappings of its own address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Windows {
+    /// Never.
+    Off,
+    /// When it has computed for a while.
+    Auto,
+    /// At once; for tests.
+    Always,
 }
 
 impl Default for BtConfig {
     fn default() -> Self {
-        Self { cache_bytes: 64 << 20, cpus: 1, tsc_khz: 0, apic_hz: 1_000_000_000 }
+        Self { cache_bytes: 64 << 20, cpus: 1, tsc_khz: 0, apic_hz: 1_000_000_000, windows: Windows::Auto }
     }
 }
 
@@ -60,7 +74,10 @@ impl fmt::Display for BtError {
 impl std::error::Error for BtError {}
 
 /// The memory of one [`BtState`], kept alive by the vCPU and by every kick handle.
-pub(crate) struct StateMemory(NonNull<BtState>);
+pub(crate) struct StateMemory {
+    state: NonNull<BtState>,
+    span: usize,
+}
 
 // SAFETY: other threads touch only the atomics in it and the protection of the poll page.
 unsafe impl Send for StateMemory {}
@@ -69,25 +86,38 @@ unsafe impl Sync for StateMemory {}
 
 impl StateMemory {
     pub(crate) fn new() -> Result<Arc<Self>, BtError> {
-        // SAFETY: a fresh zeroed mapping, page-aligned and large enough; BtState is valid when zeroed.
-        let p = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size_of::<BtState>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        match NonNull::new(p.cast::<BtState>()) {
-            Some(p) if p.as_ptr().cast() != libc::MAP_FAILED => Ok(Arc::new(Self(p))),
-            _ => Err(BtError::Host("no memory for the vCPU's state".into())),
+        // The low window lies at a fixed distance from the state. What cannot have the whole span does without windows.
+        Self::with_span(LOW_SPAN)
+            .or_else(|| Self::with_span(size_of::<BtState>()))
+            .map(Arc::new)
+            .ok_or_else(|| BtError::Host("no memory for the vCPU's state".into()))
+    }
+
+    /// Reserves `span` bytes, the first of which become the state.
+    fn with_span(span: usize) -> Option<Self> {
+        // SAFETY: a fresh reservation; its head is made accessible and is page-aligned, large enough and zero, which is a valid
+        // BtState.
+        unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let p = libc::mmap(std::ptr::null_mut(), span, libc::PROT_NONE, flags, -1, 0);
+            if p == libc::MAP_FAILED {
+                return None;
+            }
+            if libc::mprotect(p, size_of::<BtState>(), libc::PROT_READ | libc::PROT_WRITE) != 0 {
+                libc::munmap(p, span);
+                return None;
+            }
+            Some(Self { state: NonNull::new(p.cast())?, span })
         }
     }
 
+    /// Bytes reserved from the state's address on.
+    pub(crate) fn span(&self) -> usize {
+        self.span
+    }
+
     pub(crate) fn ptr(&self) -> *mut BtState {
-        self.0.as_ptr()
+        self.state.as_ptr()
     }
 
     /// Protects or unprotects the poll page.
@@ -151,7 +181,7 @@ impl StateMemory {
 impl Drop for StateMemory {
     fn drop(&mut self) {
         // SAFETY: our own mapping, and nobody holds it any more.
-        unsafe { libc::munmap(self.ptr().cast(), size_of::<BtState>()) };
+        unsafe { libc::munmap(self.ptr().cast(), self.span) };
     }
 }
 

@@ -22,7 +22,13 @@ impl Kick for Kicker {
 
 impl BtEngine {
     pub(super) fn new(id: u32, mem: GuestRam, bus: Arc<dyn Bus>, info: &MachineInfo) -> Result<Self, EngineError> {
-        let cfg = BtConfig { cache_bytes: CACHE_BYTES, cpus: info.cpus, tsc_khz: info.tsc_khz, apic_hz: info.apic_hz };
+        let cfg = BtConfig {
+            cache_bytes: CACHE_BYTES,
+            cpus: info.cpus,
+            tsc_khz: info.tsc_khz,
+            apic_hz: info.apic_hz,
+            windows: info.windows,
+        };
         Ok(Self(BtVcpu::new(id, mem, bus, cfg)?))
     }
 }

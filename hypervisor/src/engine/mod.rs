@@ -10,6 +10,8 @@ use crate::memory::GuestRam;
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use std::sync::Arc;
 
+pub use paravane_bt::Windows;
+
 /// Which engine a user asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineKind {
@@ -55,6 +57,8 @@ pub struct MachineInfo {
     pub tsc_khz: u32,
     /// Frequency of the local APIC timer in Hz.
     pub apic_hz: u32,
+    /// When guest processes get host mappings under binary translation.
+    pub windows: Windows,
 }
 
 /// Decides for an engine; gives the reason too, for the user to read.

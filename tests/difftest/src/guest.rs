@@ -4,18 +4,21 @@
 //! exceptions and an IDT of 256 gates. Each gate leads to a `hlt` of its own, so the place where the vCPU halts tells
 //! the vector, and the frame on the kernel stack tells the rest, as a kernel would see it. The starting state is put into
 //! the vCPU directly.
+#![allow(unsafe_code)] // memfd_create.
 
 use crate::Runner;
 use crate::layout::{self, PAGE};
 use crate::state::{End, FPU_BYTES, FPU_MASK, Input, Outcome, host_components};
-use paravane_bt::{BtConfig, BtVcpu};
+use paravane_bt::{BtConfig, BtVcpu, Windows};
 use paravane_cpu::state::{cr0, cr4, efer};
 use paravane_cpu::{Bus, BusOutcome, CpuState, Reg, Seg, Segment, TableReg, VcpuExit};
+use std::fs::File;
 use std::io;
+use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// Guest RAM in bytes.
 const RAM: usize = 64 << 20;
@@ -98,12 +101,12 @@ pub struct Guest {
 
 impl Guest {
     /// A guest ready to run sequences.
-    pub fn new() -> io::Result<Self> {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).map_err(io::Error::other)?;
-        let memory = Arc::new(memory);
+    pub fn new(windows: Windows) -> io::Result<Self> {
+        let cfg = BtConfig { windows, ..BtConfig::default() };
+        let memory = Arc::new(ram()?);
         build(&memory)?;
         let bus = Arc::new(NoDevices::default());
-        let vcpu = BtVcpu::new(0, memory.clone(), bus.clone(), BtConfig::default()).map_err(io::Error::other)?;
+        let vcpu = BtVcpu::new(0, memory.clone(), bus.clone(), cfg).map_err(io::Error::other)?;
         let progress = Arc::new(AtomicU64::new(1));
         let watchdog = {
             let (kick, bus, progress) = (vcpu.kick_handle(), bus.clone(), progress.clone());
@@ -255,6 +258,21 @@ fn descriptor(access: u64, flags: u64, base: u64, limit: u64) -> u64 {
         | (base >> 24 & 0xff) << 56
 }
 
+/// Guest RAM with a file behind it, which the engine can map again.
+fn ram() -> io::Result<GuestMemoryMmap<()>> {
+    // SAFETY: the name is a valid C string; the descriptor is new and has no other owner.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"difftest-ram".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        File::from_raw_fd(fd)
+    };
+    file.set_len(RAM as u64)?;
+    GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), RAM, Some(FileOffset::new(file, 0)))])
+        .map_err(io::Error::other)
+}
+
 /// Fills guest memory: page tables, descriptor tables, stubs.
 fn build(memory: &GuestMemoryMmap<()>) -> io::Result<()> {
     let put = |gpa: u64, v: u64| memory.write_obj(v, GuestAddress(gpa)).map_err(io::Error::other);
@@ -267,13 +285,14 @@ fn build(memory: &GuestMemoryMmap<()>) -> io::Result<()> {
     };
     // One PDPT and PD for the low 4 GiB's first, a PT per 2 MiB; one large page for the kernel.
     let (pdpt, pd, kernel_pdpt, kernel_pd) = (fresh(), fresh(), fresh(), fresh());
-    put(PAGE_TABLES, pdpt | table)?;
+    put(PAGE_TABLES + (layout::base() >> 39) * 8, pdpt | table)?;
     put(PAGE_TABLES + 256 * 8, kernel_pdpt | present | write)?;
     put(kernel_pdpt, kernel_pd | present | write)?;
     put(kernel_pd, present | write | large)?;
     put(pdpt, pd | table)?;
     let mut tables = std::collections::BTreeMap::new();
     let mut map = |la: u64, gpa: u64, bits: u64| -> io::Result<()> {
+        let la = la - layout::base();
         let pt = match tables.get(&(la >> 21)) {
             Some(pt) => *pt,
             None => {
@@ -285,12 +304,12 @@ fn build(memory: &GuestMemoryMmap<()>) -> io::Result<()> {
         };
         put(pt + (la >> 12 & 511) * 8, gpa | bits)
     };
-    for (la, at, len) in layout::WRITABLE {
+    for (la, at, len) in layout::writable() {
         for page in (0..len).step_by(PAGE as usize) {
             map(la + page, IMAGE + at + page, present | write | user | nx)?;
         }
     }
-    map(layout::DATA_RO, READ_ONLY, present | user | nx)?;
+    map(layout::data_ro(), READ_ONLY, present | user | nx)?;
     for slot in 0..layout::SLOTS {
         for page in (0..layout::SLOT_BYTES).step_by(PAGE as usize) {
             let gpa = CODE + slot * layout::SLOT_BYTES + page;

@@ -5,6 +5,7 @@ use difftest::catalog::catalog;
 use difftest::guest::Guest;
 use difftest::native::Native;
 use difftest::{Config, Report, Runner, Tester};
+use paravane_bt::Windows;
 use std::process::{Command, ExitCode, Stdio};
 
 /// Runs random user-mode instruction sequences natively and through the binary translator and compares everything.
@@ -28,6 +29,12 @@ struct Args {
     /// Let status flags differ at faults of instructions that compute (not at #UD or a trap).
     #[arg(long)]
     relaxed_fault_flags: bool,
+    /// Run user code through host mappings instead of the soft TLB.
+    #[arg(long)]
+    windows: bool,
+    /// Put code and data where position-independent programs have them, not below 4 GiB.
+    #[arg(long)]
+    high: bool,
     /// Compare the x87 instruction and data pointers too.
     #[arg(long)]
     x87_pointers: bool,
@@ -44,6 +51,9 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if args.high {
+        difftest::layout::move_high();
+    }
     if args.coverage {
         print_coverage();
         return ExitCode::SUCCESS;
@@ -89,7 +99,7 @@ fn run(args: &Args) -> std::io::Result<Report> {
         second = Native::new()?;
         &mut second
     } else {
-        guest = Guest::new()?;
+        guest = Guest::new(if args.windows { Windows::Always } else { Windows::Off })?;
         &mut guest
     };
     Tester::new(&mut native, engine, config).run()
@@ -113,6 +123,8 @@ fn share(args: &Args) -> ExitCode {
         c.args(["--sequences", &count.to_string(), "--max-differences", &args.max_differences.to_string()]);
         for (on, flag) in [
             (args.relaxed_fault_flags, "--relaxed-fault-flags"),
+            (args.windows, "--windows"),
+            (args.high, "--high"),
             (args.x87_pointers, "--x87-pointers"),
             (args.native_only, "--native-only"),
         ] {

@@ -288,7 +288,7 @@ unsafe fn load(channel: &Channel, index: usize, uc: &mut libc::ucontext_t) {
     let regs = &input.regs;
     // SAFETY: `WRITABLE` are mappings of this process, disjoint from the channel; the frame is the kernel's.
     unsafe {
-        for (la, at, len) in layout::WRITABLE {
+        for (la, at, len) in layout::writable() {
             std::ptr::copy_nonoverlapping(image.as_ptr().add(at as usize), la as *mut u8, len as usize);
         }
         let g = &mut uc.uc_mcontext.gregs;
@@ -333,7 +333,7 @@ unsafe fn record(out: &mut Outcome, signal: i32, uc: &libc::ucontext_t) {
         out.regs.gs_base = USER_GS;
         let fpu = uc.uc_mcontext.fpregs.cast::<u8>();
         std::ptr::copy_nonoverlapping(fpu, out.regs.fpu.as_mut_ptr(), frame_bytes(fpu));
-        for (la, at, len) in layout::WRITABLE {
+        for (la, at, len) in layout::writable() {
             std::ptr::copy_nonoverlapping(la as *const u8, out.memory.as_mut_ptr().add(at as usize), len as usize);
         }
     }
@@ -391,13 +391,13 @@ unsafe fn child_main(channel: *mut Channel, code_fd: i32, socket: i32, parent: u
         for slot in 0..layout::SLOTS {
             map_fixed(layout::slot_address(slot), layout::SLOT_BYTES, r | x, code_fd, slot * layout::SLOT_BYTES);
         }
-        for (la, _, len) in layout::WRITABLE {
+        for (la, _, len) in layout::writable() {
             map_fixed(la, len, r | w, -1, 0);
         }
-        map_fixed(layout::DATA_RO, PAGE, r | w, -1, 0);
+        map_fixed(layout::data_ro(), PAGE, r | w, -1, 0);
         let ro = (*channel).read_only.as_ptr();
-        std::ptr::copy_nonoverlapping(ro, layout::DATA_RO as *mut u8, PAGE as usize);
-        libc::mprotect(layout::DATA_RO as *mut libc::c_void, PAGE as usize, r);
+        std::ptr::copy_nonoverlapping(ro, layout::data_ro() as *mut u8, PAGE as usize);
+        libc::mprotect(layout::data_ro() as *mut libc::c_void, PAGE as usize, r);
         // Fills the tables behind `host_components` outside the handler.
         let _ = host_components();
 

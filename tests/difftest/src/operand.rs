@@ -217,19 +217,19 @@ impl Builder {
         let at = match if wish.safe { 0 } else { rng.below(100) } {
             0..=69 => {
                 let at = rng.below(2 * PAGE - 0x200);
-                layout::DATA + if rng.percent(70) { at & !63 } else { at }
+                layout::data() + if rng.percent(70) { at & !63 } else { at }
             }
-            70..=77 => layout::DATA + PAGE - near,
-            78..=80 => layout::DATA_RO - near,
-            81..=84 => layout::DATA_RO + rng.below(PAGE - 64),
-            85..=86 => layout::DATA_RO + PAGE - near,
-            87..=88 => layout::DATA_RO + PAGE + rng.below(PAGE),
-            89..=90 => layout::DATA_ISLAND - near,
-            91 => layout::DATA_ISLAND + PAGE - near,
-            92..=93 => layout::DATA_ISLAND + rng.below(PAGE - 64),
+            70..=77 => layout::data() + PAGE - near,
+            78..=80 => layout::data_ro() - near,
+            81..=84 => layout::data_ro() + rng.below(PAGE - 64),
+            85..=86 => layout::data_ro() + PAGE - near,
+            87..=88 => layout::data_ro() + PAGE + rng.below(PAGE),
+            89..=90 => layout::data_island() - near,
+            91 => layout::data_island() + PAGE - near,
+            92..=93 => layout::data_island() + rng.below(PAGE - 64),
             94 => self.base + rng.below(64),
-            95 => layout::DATA - near,
-            _ => layout::STACK + rng.below(layout::STACK_BYTES - 64),
+            95 => layout::data() - near,
+            _ => layout::stack() + rng.below(layout::STACK_BYTES - 64),
         };
         if wish.aligned { at & !15 } else { at }
     }
@@ -358,14 +358,14 @@ impl Builder {
             load.set_op0_kind(OpKind::Register);
             load.set_op0_register(first + n);
             load.set_op1_kind(OpKind::Memory);
-            self.rip_relative(&mut load, layout::DATA + (n as u64) * 64);
+            self.rip_relative(&mut load, layout::data() + (n as u64) * 64);
             self.push(load);
         }
         let base = self.known_pointer()?;
         i.set_memory_base(Register::RAX + base as u32);
         i.set_memory_index(first + n);
         i.set_memory_index_scale(1 << self.rng.below(4));
-        let target = layout::DATA + self.rng.below(PAGE);
+        let target = layout::data() + self.rng.below(PAGE);
         let d = target.wrapping_sub(self.known[base].unwrap_or(0));
         self.displacement(i, if fits(d) { d } else { 0 });
         Some(())

@@ -62,7 +62,7 @@ impl Builder {
             }
             M::Leave if self.rng.percent(80) => {
                 if self.reserved & 1 << 5 == 0 {
-                    let at = layout::STACK + PAGE - 64 + self.rng.below(8) * 8;
+                    let at = layout::stack() + PAGE - 64 + self.rng.below(8) * 8;
                     self.set(5, at);
                     self.generic(code);
                 }
@@ -319,7 +319,7 @@ impl Builder {
             self.generic(code);
             return;
         }
-        let slot = layout::DATA + self.rng.below(PAGE / 8) * 8;
+        let slot = layout::data() + self.rng.below(PAGE / 8) * 8;
         if self.rng.percent(50) {
             let ahead = 2 + self.rng.index(3);
             let n = self.code_address(ahead);
@@ -400,8 +400,12 @@ impl Builder {
 
     /// IRETQ within user mode, with a fresh stack pointer and flags.
     fn interrupt_return(&mut self) {
+        if layout::base() != 0 {
+            // The stack's address does not fit an immediate.
+            return;
+        }
         let flags = (self.rng.next_u64() & POPF_FLAGS & !0x4000) as i32 | 0x202;
-        let stack = (layout::STACK + PAGE + self.rng.below(64) * 8) as i32;
+        let stack = (layout::stack() + PAGE + self.rng.below(64) * 8) as i32;
         for v in [USER_SS, stack, flags, USER_CS] {
             self.push(Instruction::with1(Code::Pushq_imm32, v).expect("an immediate"));
         }
@@ -418,7 +422,7 @@ impl Builder {
             self.generic(Code::Fldcw_m2byte);
         }
         let at = if self.rng.percent(80) {
-            layout::DATA + self.rng.below(0x1a0) * 16
+            layout::data() + self.rng.below(0x1a0) * 16
         } else {
             self.target_address(MemWish::default())
         };
@@ -428,7 +432,7 @@ impl Builder {
 
     /// Loads of x87 images: mostly of one that was stored before.
     fn fpu_load(&mut self, code: Code) {
-        let at = layout::DATA + self.rng.below(0x100) * 16;
+        let at = layout::data() + self.rng.below(0x100) * 16;
         let store = match code {
             Code::Fxrstor_m512byte => Code::Fxsave_m512byte,
             Code::Fxrstor64_m512byte => Code::Fxsave64_m512byte,
@@ -450,7 +454,7 @@ impl Builder {
 
     /// Saves vector state with every component in use, so that no init optimisation shows.
     fn xsave(&mut self, code: Code) {
-        let at = layout::DATA + self.rng.below(8) * 64;
+        let at = layout::data() + self.rng.below(8) * 64;
         let start = self.sequence.items.len();
         self.in_use();
         let mask = self.rng.pick(&[0xe6, 6, 2, 4, 0xe4]) & crate::state::host_components();
@@ -492,7 +496,7 @@ impl Builder {
         if self.reserved & 5 != 0 {
             return;
         }
-        let at = layout::DATA + self.rng.below(8) * 64;
+        let at = layout::data() + self.rng.below(8) * 64;
         let save = if code == Code::Xrstor64_mem { Code::Xsave64_mem } else { Code::Xsave_mem };
         if self.rng.percent(85) {
             // A clean header: XSTATE_BV, XCOMP_BV and the reserved words.
@@ -520,7 +524,7 @@ impl Builder {
     }
 
     fn load_mxcsr(&mut self, code: Code) {
-        let at = layout::DATA + self.rng.below(PAGE / 4) * 4;
+        let at = layout::data() + self.rng.below(PAGE / 4) * 4;
         let v = self.rng.next_u64() as i32 & if self.rng.percent(90) { 0xffff } else { 0x3_ffff };
         let v = if self.rng.percent(60) { v | 0x1f80 } else { v };
         self.push(Instruction::with2(Code::Mov_rm32_imm32, absolute(at), v).expect("a store"));
@@ -528,7 +532,7 @@ impl Builder {
     }
 
     fn compare_exchange_wide(&mut self, code: Code) {
-        let at = layout::DATA + self.rng.below(PAGE / 16) * 16;
+        let at = layout::data() + self.rng.below(PAGE / 16) * 16;
         if self.reserved & 5 == 0 {
             let (first, a, d, step) = if code == Code::Cmpxchg16b_m128 {
                 (Code::Mov_r64_rm64, Register::RAX, Register::RDX, 8)
@@ -546,7 +550,7 @@ impl Builder {
     /// WRFSBASE and WRGSBASE of a data address, and now and then of anything.
     fn write_base(&mut self, code: Code) {
         let n = self.scratch();
-        let value = if self.rng.percent(85) { layout::DATA + self.rng.below(PAGE) } else { self.rng.interesting() };
+        let value = if self.rng.percent(85) { layout::data() + self.rng.below(PAGE) } else { self.rng.interesting() };
         self.set(n, value);
         let wide = matches!(code, Code::Wrfsbase_r64 | Code::Wrgsbase_r64);
         let r = if wide { gpr64(n) } else { Register::EAX + n as u32 };

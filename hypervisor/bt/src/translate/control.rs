@@ -1,12 +1,12 @@
 //! Control flow and the stack: jumps, calls, returns, push, pop, and every way out of a block.
 //!
-//! A direct exit within a page (or between global pages) is a patchable jump that is linked to its target on first use. All
+//! A direct exit within a page (or between global pages, or in a process that has windows) is a patchable jump that is linked to its target on first use. All
 //! other exits go through the jump cache, an inline hash from RIP to host code that is emptied whenever a mapping of code
 //! changes. Backward exits poll a page that is protected when somebody wants the vCPU's attention.
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use super::{RawExit, Translator};
-use crate::asm::{Asm, H, Label, M};
+use crate::asm::{Asm, Base, H, Label, M};
 use crate::block::{Action, FaultKind, Mode, NO_CALLOUT};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::{JC_ENTRIES, Thunk, off};
@@ -27,7 +27,9 @@ impl Translator<'_> {
     /// Whether an exit to `target` may be a patchable jump.
     fn linkable(&self, target: u64) -> bool {
         !self.mode.alone()
-            && (target >> 12 == self.start_rip >> 12 || (self.mode.has(Mode::GLOBAL) && self.mode.has(Mode::FLAT)))
+            && (target >> 12 == self.start_rip >> 12
+                || (self.mode.has(Mode::GLOBAL) && self.mode.has(Mode::FLAT))
+                || self.mode.has(Mode::WINDOW))
     }
 
     /// Leaves for a known RIP, unconditionally.
@@ -153,6 +155,28 @@ impl Translator<'_> {
             self.exit_to(next, self.mode, false);
             self.asm.bind(taken);
             self.exit_to(target, self.mode, backward);
+        }
+    }
+
+    /// A conditional jump forward in the middle of a block.
+    pub(crate) fn side_exit(&mut self, i: &Instruction) {
+        let cond = i.condition_code() as u8 - 1;
+        let target = self.branch_target(i);
+        let stub = self.asm.label();
+        if self.linkable(target) {
+            let patch = self.asm.jump_patchable(Some(cond), stub);
+            self.add_exit(target, self.mode, patch, stub);
+        } else {
+            self.asm.jcc(cond, stub);
+            self.far_sides.push((stub, target));
+        }
+    }
+
+    /// Behind the block: side exits by way of the jump cache.
+    pub(crate) fn emit_far_sides(&mut self) {
+        for (label, target) in std::mem::take(&mut self.far_sides) {
+            self.asm.bind(label);
+            self.exit_to(target, self.mode, false);
         }
     }
 
@@ -408,7 +432,7 @@ impl Translator<'_> {
                 base: ea.base.map(host),
                 index: ea.index.map(|(x, s)| (host(x), s)),
                 disp: ea.disp as i32,
-                gs: false,
+                seg: Base::Host,
             };
             self.asm.lea(d, m);
             return;

@@ -3,7 +3,7 @@
 use super::classify::{Unit, unit_of};
 use super::memory::{Access, Ea, Loc, MemOp};
 use super::{Pending, Translator};
-use crate::asm::{H, M};
+use crate::asm::{Base, H, M};
 use crate::block::FaultKind;
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::off;
@@ -129,9 +129,11 @@ impl Translator<'_> {
             None => {}
             Some(loc) if high => {
                 // A high-byte register forbids REX, so the address must be in RCX alone.
-                if loc == Loc::Indexed {
-                    self.asm.lea(H::RCX, M::base_index(H::R15, H::RCX));
+                let m = loc.operand();
+                if !matches!(loc, Loc::Rcx) {
+                    self.asm.lea(H::RCX, M { seg: Base::Host, ..m });
                 }
+                mem = M { seg: m.seg, ..mem };
                 free = [None, None];
                 if real_rcx {
                     let lender = [H::RBX, H::RDX, H::RAX].into_iter().find(|h| used & (1 << h.0) == 0);
@@ -153,6 +155,17 @@ impl Translator<'_> {
                 free[0] = None;
             }
             Some(Loc::Rcx) => free[1] = None,
+            Some(Loc::At(m)) if real_rcx && m.names(H::RCX) => {
+                self.asm.lea(H::R15, M { seg: Base::Host, ..m });
+                mem = M { seg: m.seg, ..M::base(H::R15, 0) };
+                free[0] = None;
+            }
+            Some(Loc::At(m)) => {
+                mem = m;
+                for f in &mut free {
+                    *f = f.filter(|h| !m.names(*h));
+                }
+            }
         }
         if let Some(h) = rsp_host {
             self.asm.store(M::gs(off::TMP + 8), h);
@@ -204,19 +217,20 @@ impl Translator<'_> {
                 OpKind::Memory => {
                     out.set_memory_base(mem.base.map_or(Register::None, |b| host_name(b, Width::B64)));
                     out.set_memory_index(mem.index.map_or(Register::None, |(x, _)| host_name(x, Width::B64)));
-                    out.set_memory_index_scale(1);
-                    out.set_memory_displacement64(0);
-                    out.set_memory_displ_size(0);
+                    out.set_memory_index_scale(mem.index.map_or(1, |(_, s)| 1 << s));
+                    set_displacement(&mut out, mem);
                 }
                 _ => {}
             }
         }
-        out.set_segment_prefix(Register::None);
+        out.set_segment_prefix(mem.seg.register());
         let at = self.asm.pos();
         if let Err(e) = self.asm.guest(&out) {
             self.encode_failed(i, &e);
         }
-        if may_fault(i) {
+        if let (Some(site), Some(Loc::At(_))) = (self.window_site, loc) {
+            self.fault_site(at, FaultKind::Window { site, borrowed: borrowed.map(|h| h.0) });
+        } else if may_fault(i) {
             self.fault_site(at, FaultKind::Guest { delta: self.cur_delta(), borrowed: borrowed.map(|h| h.0) });
         }
 
@@ -252,10 +266,11 @@ impl Translator<'_> {
     /// The operation of a bit-string instruction once its address includes the bit offset.
     pub(crate) fn emit_bit_op(&mut self, i: &Instruction, loc: Loc) {
         let Some((g, w)) = gpr_of(i.op1_register()) else { return };
-        match loc {
-            Loc::Indexed => self.asm.lea(H::R15, M::base_index(H::R15, H::RCX)),
-            Loc::Rcx => self.asm.mov(H::R15, H::RCX),
+        let m = loc.operand();
+        if !m.names(H::R15) || m.index.is_some() {
+            self.asm.lea(H::R15, M { seg: Base::Host, ..m });
         }
+        let m = M { seg: m.seg, ..M::base(H::R15, if m.names(H::R15) && m.index.is_none() { m.disp } else { 0 }) };
         let src = match home(g) {
             Home::Host(h) => h,
             Home::Spilled(n) => {
@@ -273,15 +288,32 @@ impl Translator<'_> {
         out.set_op1_register(host_name(H::RCX, w));
         out.set_memory_base(Register::R15);
         out.set_memory_index(Register::None);
-        out.set_memory_displacement64(0);
-        out.set_memory_displ_size(0);
-        out.set_segment_prefix(Register::None);
+        set_displacement(&mut out, m);
+        out.set_segment_prefix(m.seg.register());
         let at = self.asm.pos();
         if let Err(e) = self.asm.guest(&out) {
             self.encode_failed(i, &e);
         }
-        self.fault_site(at, FaultKind::Guest { delta: self.cur_delta(), borrowed: None });
+        let kind = match (self.window_site, loc) {
+            (Some(site), Loc::At(_)) => FaultKind::Window { site, borrowed: None },
+            _ => FaultKind::Guest { delta: self.cur_delta(), borrowed: None },
+        };
+        self.fault_site(at, kind);
     }
+}
+
+/// Gives an instruction the displacement of its operand in host terms.
+fn set_displacement(out: &mut Instruction, m: M) {
+    out.set_memory_displacement64(i64::from(m.disp) as u64);
+    // Without a base register the encoding has 32 bits and no choice.
+    let size = if m.base.is_none() {
+        8
+    } else if m.disp == 0 {
+        0
+    } else {
+        1
+    };
+    out.set_memory_displ_size(size);
 }
 
 /// Rewrites forms that only 16- and 32-bit modes encode, or that cannot take a register address.

@@ -35,14 +35,17 @@ fn listing(out: &mut String, code: &[u8], at: u64) {
 }
 
 fn check(name: &str, cpl: u8, guest: &[u8]) {
-    const RIP: u64 = 0x40_0000;
+    check_at(name, mode(cpl), 0x40_0000, guest);
+}
+
+fn check_at(name: &str, mode: Mode, rip: u64, guest: &[u8]) {
     let mut code: Vec<Instruction> = Vec::new();
-    assert_eq!(decode(guest, RIP, mode(cpl), &mut code), Decoded::Ok);
+    assert_eq!(decode(guest, rip, mode, &mut code), Decoded::Ok);
     let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
-    Translator::new(&mut asm, &mut info, &mut tables, mode(cpl), 0, RIP).translate(&code);
+    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, rip, &[rip; 16]).translate(&code);
     asm.resolve(0);
     let mut out = String::from("guest:\n");
-    listing(&mut out, guest, RIP);
+    listing(&mut out, guest, rip);
     let (hot, cold) = asm.parts();
     out.push_str("hot:\n");
     listing(&mut out, hot, 0);
@@ -90,4 +93,21 @@ fn interrupt_flag_in_the_kernel() {
 fn vector_code() {
     // movaps xmm0, [rdi]; addps xmm0, xmm1; ret
     check("vector", 3, &[0x0f, 0x28, 0x07, 0x0f, 0x58, 0xc1, 0xc3]);
+}
+
+#[test]
+fn windows_for_position_independent_code() {
+    // mov rax, [rbx+8]; add rax, [rbx+16]; push rax; cmp [rsi+rcx*4], edx; je +2; mov rdi, fs:[0x28]; ret
+    let code = [
+        0x48, 0x8b, 0x43, 8, 0x48, 3, 0x43, 16, 0x50, 0x39, 0x14, 0x8e, 0x74, 2, 0x64, 0x48, 0x8b, 0x3c, 0x25, 0x28, 0,
+        0, 0, 0xc3,
+    ];
+    check_at("window-high", Mode(mode(3).0 | Mode::WINDOW), 0x5555_5555_5000, &code);
+}
+
+#[test]
+fn windows_for_code_at_fixed_addresses() {
+    // mov eax, [0x600000]; mov rcx, [rax*8+0x601000]; add [rcx], r13; ret
+    let code = [0x8b, 4, 0x25, 0, 0, 0x60, 0, 0x48, 0x8b, 0x0c, 0xc5, 0, 0x10, 0x60, 0, 0x4c, 1, 0x29, 0xc3];
+    check_at("window-low", Mode(mode(3).0 | Mode::WINDOW), 0x40_0000, &code);
 }

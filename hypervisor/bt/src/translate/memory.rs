@@ -9,7 +9,7 @@
 
 use super::classify::{Unit, unit_of};
 use super::{Pending, Translator};
-use crate::asm::{H, Label, M, cc};
+use crate::asm::{Base, H, Label, M, cc};
 use crate::block::{Mode, Site};
 use crate::regs::{Home, gpr_of, home};
 use crate::state::{Thunk, TlbEntry, off};
@@ -96,12 +96,25 @@ impl Ea {
 }
 
 /// Where an operand can be reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Loc {
     /// `[r15 + rcx]`, both scratch registers taken.
     Indexed,
     /// `[rcx]`, R15 free.
     Rcx,
+    /// At an operand in a window: scratch registers are free that it does not name.
+    At(M),
+}
+
+impl Loc {
+    /// The operand.
+    pub(crate) fn operand(self) -> M {
+        match self {
+            Self::Indexed => M::base_index(H::R15, H::RCX),
+            Self::Rcx => M::base(H::RCX, 0),
+            Self::At(m) => m,
+        }
+    }
 }
 
 /// What to do at an operand once it is reachable. Emitted twice: in line and, for the bounce buffer, in the stub.
@@ -150,14 +163,16 @@ pub(crate) struct Access {
 
 /// A slow path to be emitted behind the block.
 pub(crate) struct Slow {
-    slow: Label,
-    done: Label,
-    ea: Ea,
+    pub(super) slow: Label,
+    pub(super) done: Label,
+    pub(super) ea: Ea,
     /// Extra code between the address and the access, see [`Pending`].
-    pre: Pending,
-    site: u32,
-    op: MemOp,
-    write: bool,
+    pub(super) pre: Pending,
+    pub(super) site: u32,
+    pub(super) op: MemOp,
+    pub(super) write: bool,
+    /// An access through a window: the other window is tried first.
+    pub(super) other: Option<super::window::Other>,
 }
 
 impl Translator<'_> {
@@ -178,11 +193,11 @@ impl Translator<'_> {
                 }
             }
             (Some(Home::Host(b)), Some((Home::Host(x), s))) => {
-                a.lea(H::RCX, M { base: Some(b), index: Some((x, s)), disp, gs: false });
+                a.lea(H::RCX, M { base: Some(b), index: Some((x, s)), disp, seg: Base::Host });
             }
             (Some(Home::Host(b)), Some((Home::Spilled(x), s))) => {
                 a.load(H::RCX, M::gs(off::gpr(x)));
-                a.lea(H::RCX, M { base: Some(b), index: Some((H::RCX, s)), disp, gs: false });
+                a.lea(H::RCX, M { base: Some(b), index: Some((H::RCX, s)), disp, seg: Base::Host });
             }
             (Some(Home::Spilled(b)), None) => {
                 a.load(H::RCX, M::gs(off::gpr(b)));
@@ -192,19 +207,19 @@ impl Translator<'_> {
             }
             (Some(Home::Spilled(b)), Some((Home::Host(x), s))) => {
                 a.load(H::RCX, M::gs(off::gpr(b)));
-                a.lea(H::RCX, M { base: Some(H::RCX), index: Some((x, s)), disp, gs: false });
+                a.lea(H::RCX, M { base: Some(H::RCX), index: Some((x, s)), disp, seg: Base::Host });
             }
             (Some(Home::Spilled(b)), Some((Home::Spilled(x), s))) => {
                 a.load(H::RCX, M::gs(off::gpr(x)));
                 a.load(H::R15, M::gs(off::gpr(b)));
-                a.lea(H::RCX, M { base: Some(H::R15), index: Some((H::RCX, s)), disp, gs: false });
+                a.lea(H::RCX, M { base: Some(H::R15), index: Some((H::RCX, s)), disp, seg: Base::Host });
             }
             (None, Some((Home::Host(x), s))) => {
-                a.lea(H::RCX, M { base: None, index: Some((x, s)), disp, gs: false });
+                a.lea(H::RCX, M { base: None, index: Some((x, s)), disp, seg: Base::Host });
             }
             (None, Some((Home::Spilled(x), s))) => {
                 a.load(H::RCX, M::gs(off::gpr(x)));
-                a.lea(H::RCX, M { base: None, index: Some((H::RCX, s)), disp, gs: false });
+                a.lea(H::RCX, M { base: None, index: Some((H::RCX, s)), disp, seg: Base::Host });
             }
         }
         match ea.bits {
@@ -238,22 +253,7 @@ impl Translator<'_> {
 
     /// As [`Self::emit_access`], with an adjustment of the address between its computation and the lookup.
     pub(crate) fn emit_access_with(&mut self, acc: Access, pre: Pending, op: MemOp) {
-        let site = self.tables.sites.len() as u32;
-        self.tables.sites.push(Site {
-            block: self.block,
-            delta: self.cur_delta(),
-            retry: self.asm.pos(),
-            size: acc.size,
-            read: acc.read,
-            write: acc.write,
-            stack: acc.ea.is_stack(),
-            simd: self.simd,
-            x87: matches!(&op, MemOp::Guest(i) if waits_for_x87(i)),
-            late_fault: acc.write && matches!(&op, MemOp::Guest(i) if stores_after_exceptions(i)),
-            masked: acc.masked,
-            align: acc.align,
-            seg: acc.ea.seg,
-        });
+        let site = self.note_site(&acc, &op);
         if self.segmented(acc.ea.seg) {
             self.emit_ea(&acc.ea, false);
             self.emit_pending(pre, acc.ea.bits);
@@ -266,13 +266,38 @@ impl Translator<'_> {
             }
             return;
         }
+        if self.mode.has(Mode::WINDOW) && self.emit_window_access(&acc, pre, &op, site) {
+            return;
+        }
         let (slow, done) = (self.asm.label(), self.asm.label());
         self.emit_ea(&acc.ea, true);
         self.emit_pending(pre, acc.ea.bits);
         self.emit_lookup(acc.size, acc.write, acc.flags_live, slow);
         self.emit_op(&op, Loc::Indexed);
         self.asm.bind(done);
-        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op, write: acc.write });
+        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op, write: acc.write, other: None });
+    }
+
+    /// Records an access that begins here; gives its number.
+    fn note_site(&mut self, acc: &Access, op: &MemOp) -> u32 {
+        self.tables.sites.push(Site {
+            block: self.block,
+            delta: self.cur_delta(),
+            retry: self.asm.pos(),
+            slow: 0,
+            window: false,
+            size: acc.size,
+            read: acc.read,
+            write: acc.write,
+            stack: acc.ea.is_stack(),
+            simd: self.simd,
+            x87: matches!(op, MemOp::Guest(i) if waits_for_x87(i)),
+            late_fault: acc.write && matches!(op, MemOp::Guest(i) if stores_after_exceptions(i)),
+            masked: acc.masked,
+            align: acc.align,
+            seg: acc.ea.seg,
+        });
+        self.tables.sites.len() as u32 - 1
     }
 
     /// RCX = linear address in; operand at `[r15 + rcx]` out, or a jump to `slow`.
@@ -294,7 +319,7 @@ impl Translator<'_> {
         let hit = a.label();
         a.pext(H::R15, H::RCX, M::gs(off::TLB_MASK));
         a.store(M::gs(off::TMP), H::RDX);
-        a.lea32(H::R15, M { base: None, index: Some((H::R15, 2)), disp: 0, gs: false });
+        a.lea32(H::R15, M { base: None, index: Some((H::R15, 2)), disp: 0, seg: Base::Host });
         a.load(H::RDX, M::gs_index(H::R15, 3, tag));
         a.lea(H::RDX, M::base_index(H::RDX, H::RCX));
         a.lea(H::RCX, M::base(H::RDX, i32::from(size) - 1));
@@ -311,13 +336,17 @@ impl Translator<'_> {
     /// Emits the slow paths collected so far.
     pub(crate) fn emit_slow_paths(&mut self) {
         for s in std::mem::take(&mut self.slow) {
+            self.cur_rip = self.start_rip.wrapping_add(u64::from(self.tables.sites[s.site as usize].delta));
+            if let Some(other) = &s.other {
+                self.emit_other_window(&s, other);
+            }
             self.asm.bind(s.slow);
+            self.tables.sites[s.site as usize].slow = self.asm.pos();
             self.emit_ea(&s.ea, true);
             self.emit_pending(s.pre, s.ea.bits);
             self.asm.mov_imm(H::R15, u64::from(s.site));
             self.asm.call_gs(Thunk::Mem.offset());
             // It comes back here only with the bounce buffer in RCX; after a fill the access starts over in line.
-            self.cur_rip = self.start_rip.wrapping_add(u64::from(self.tables.sites[s.site as usize].delta));
             self.emit_op(&s.op, Loc::Rcx);
             if s.write {
                 self.asm.mov_imm(H::R15, u64::from(s.site));
@@ -328,42 +357,43 @@ impl Translator<'_> {
     }
 
     /// Emits what is done at a reachable operand.
-    fn emit_op(&mut self, op: &MemOp, loc: Loc) {
+    pub(super) fn emit_op(&mut self, op: &MemOp, loc: Loc) {
         match op {
             MemOp::Guest(i) => self.emit_guest(i, Some(loc)),
             MemOp::Bit(i) => self.emit_bit_op(i, loc),
             MemOp::Store(v, size) => {
-                let m = match loc {
-                    Loc::Indexed => M::base_index(H::R15, H::RCX),
-                    Loc::Rcx => M::base(H::RCX, 0),
-                };
-                let a = &mut self.asm;
+                let m = loc.operand();
                 match *v {
-                    Value::Reg(r) => store_sized(a, m, r, *size),
-                    Value::Imm(v) if *size == 8 && i64::from(v as i32) == v as i64 => a.store_simm32(m, v as i32),
-                    Value::Imm(v) if *size == 4 => a.store_imm32(m, v as u32 as i32),
+                    Value::Reg(r) => self.store_at(loc, m, r, *size),
+                    Value::Imm(v) if *size == 8 && i64::from(v as i32) == v as i64 => {
+                        self.note_window_fault(loc);
+                        self.asm.store_simm32(m, v as i32);
+                    }
+                    Value::Imm(v) if *size == 4 => {
+                        self.note_window_fault(loc);
+                        self.asm.store_imm32(m, v as u32 as i32);
+                    }
                     Value::Gs(_) | Value::Imm(_) => {
                         let (m, t) = match loc {
                             Loc::Indexed => {
-                                a.lea(H::R15, m);
+                                self.asm.lea(H::R15, m);
                                 (M::base(H::R15, 0), H::RCX)
                             }
                             Loc::Rcx => (m, H::R15),
+                            Loc::At(m) => (m, if m.names(H::R15) { H::RCX } else { H::R15 }),
                         };
                         match *v {
-                            Value::Gs(o) => a.load(t, M::gs(o)),
-                            Value::Imm(v) => a.mov_imm(t, v),
+                            Value::Gs(o) => self.asm.load(t, M::gs(o)),
+                            Value::Imm(v) => self.asm.mov_imm(t, v),
                             Value::Reg(_) => unreachable!("registers are handled above"),
                         }
-                        store_sized(a, m, t, *size);
+                        self.store_at(loc, m, t, *size);
                     }
                 }
             }
             MemOp::Load(d, size) => {
-                let m = match loc {
-                    Loc::Indexed => M::base_index(H::R15, H::RCX),
-                    Loc::Rcx => M::base(H::RCX, 0),
-                };
+                let m = loc.operand();
+                self.note_window_fault(loc);
                 let a = &mut self.asm;
                 let r = match *d {
                     Dest::Reg(r) => r,
@@ -380,6 +410,15 @@ impl Translator<'_> {
                 }
             }
         }
+    }
+
+    fn store_at(&mut self, loc: Loc, m: M, r: H, size: u8) {
+        if size == 2 {
+            // The operand-size prefix comes first, and the fault is reported there.
+            debug_assert!(!matches!(loc, Loc::At(_)) || m.seg != Base::Host);
+        }
+        self.note_window_fault(loc);
+        store_sized(self.asm, m, r, size);
     }
 }
 

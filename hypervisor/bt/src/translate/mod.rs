@@ -1,6 +1,7 @@
 //! From guest bytes to a translated block.
 //!
-//! A block is decoded first, to its end: a branch, an instruction that ends blocks, the page's end, or a length limit.
+//! A block is decoded first, to its end: a branch, an instruction that ends blocks, the page's end, or a length limit. It goes on
+//! behind conditional jumps forward, which leave it at the side.
 //! Flag liveness is then computed backwards, and the instructions are emitted one by one. No intermediate form exists: an
 //! instruction is copied, rewritten, expanded, or turned into a callout (see [`mod@classify`]).
 
@@ -13,8 +14,9 @@ mod memory;
 mod privilege;
 mod string;
 mod system;
+mod window;
 
-use crate::asm::{Asm, H, M};
+use crate::asm::{Asm, Base, H, M};
 use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, NO_EXIT, Tables};
 use crate::cache::Placed;
 use crate::regs::{Home, Width, home};
@@ -27,6 +29,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Guest instructions per block at most.
 const MAX_INSTRUCTIONS: usize = 64;
+
+/// Conditional jumps forward that a block may go on behind.
+const MAX_SIDE_EXITS: usize = 6;
 
 /// An adjustment of an address between its computation and the lookup.
 #[derive(Clone, Copy, Debug)]
@@ -64,8 +69,14 @@ pub(crate) struct Translator<'a> {
     pub(crate) simd: bool,
     pub(crate) cur_rip: u64,
     pub(crate) cur_next: u64,
+    /// What window blocks know about registers.
+    known: window::Known,
+    /// The access through a window that is being emitted.
+    window_site: Option<u32>,
     slow: Vec<Slow>,
     exits: Vec<RawExit>,
+    /// Side exits that cannot be linked: where they come from, the way they go.
+    far_sides: Vec<(crate::asm::Label, u64)>,
     /// Stubs that go to the lookup: (label, callout).
     lookups: Vec<(crate::asm::Label, u32)>,
     /// Exit stubs to be emitted: (exit, label).
@@ -79,6 +90,7 @@ pub(crate) fn decode(bytes: &[u8], rip: u64, mode: Mode, out: &mut Vec<Instructi
     let mut d = Decoder::with_ip(mode.bits(), bytes, rip, DecoderOptions::NONE);
     let limit = if mode.alone() { 1 } else { MAX_INSTRUCTIONS };
     let mut extra = false;
+    let mut sides = 0;
     while out.len() < limit {
         let i = d.decode();
         if i.is_invalid() {
@@ -98,6 +110,8 @@ pub(crate) fn decode(bytes: &[u8], rip: u64, mode: Mode, out: &mut Vec<Instructi
             break;
         }
         match classify(i.code()) {
+            // The way on is more often the way straight on.
+            Class::Jcc if sides < MAX_SIDE_EXITS && i.near_branch_target() > i.ip() && !mode.alone() => sides += 1,
             _ if ends_block(&i, mode) => break,
             // One more instruction runs in the interrupt shadow of STI, then the block ends with a check.
             Class::Sti => extra = true,
@@ -123,6 +137,7 @@ impl<'a> Translator<'a> {
         mode: Mode,
         block: BlockId,
         start_rip: u64,
+        gpr: &[u64; 16],
     ) -> Self {
         asm.clear();
         Self {
@@ -135,8 +150,11 @@ impl<'a> Translator<'a> {
             simd: false,
             cur_rip: start_rip,
             cur_next: start_rip,
+            known: window::Known::at_entry(gpr),
+            window_site: None,
             slow: Vec::new(),
             exits: Vec::new(),
+            far_sides: Vec::new(),
             lookups: Vec::new(),
             stubs: Vec::new(),
         }
@@ -170,9 +188,16 @@ impl<'a> Translator<'a> {
         for (n, i) in code.iter().enumerate() {
             self.cur_rip = i.ip();
             self.cur_next = self.wrap(i.next_ip());
+            if n + 1 < code.len() && classify(i.code()) == Class::Jcc {
+                self.side_exit(i);
+                continue;
+            }
             ended = self.instruction(i, live[n]);
             if ended {
                 break;
+            }
+            if self.mode.has(Mode::WINDOW) {
+                self.track(i);
             }
         }
         let last = code[code.len() - 1];
@@ -194,6 +219,7 @@ impl<'a> Translator<'a> {
         }
         self.asm.cold();
         self.emit_slow_paths();
+        self.emit_far_sides();
         self.emit_stubs();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
         Translated { guest_len: guest_len.max(1), entry, instructions: code.len() as u32, exits: self.exits }
@@ -343,7 +369,7 @@ impl<'a> Translator<'a> {
         a.mov_imm(H::RCX, shift);
         a.sarx(H::R15, H::R15, H::RCX);
         a.load(H::RCX, M::gs(off::TMP));
-        a.lea(H::RCX, M { base: Some(H::RCX), index: Some((H::R15, scale)), disp: 0, gs: false });
+        a.lea(H::RCX, M { base: Some(H::RCX), index: Some((H::R15, scale)), disp: 0, seg: Base::Host });
         match bits {
             32 => self.asm.mov32(H::RCX, H::RCX),
             16 => self.asm.movzx16(H::RCX, H::RCX),

@@ -28,9 +28,18 @@ fn fast(field: usize) -> M {
 }
 
 impl Translator<'_> {
-    /// Jumps to `slow` unless the jump cache of `mode`'s view holds blocks of `mode`. Clobbers flags.
+    /// Jumps to `slow` unless the jump cache of `mode`'s view holds blocks of `mode`. Clobbers flags and RCX.
     fn require_cache(&mut self, mode: Mode, slow: Label) {
-        self.asm.cmp32_mem_imm_flags(M::gs(off::JC_MODE + 4 * mode.view() as i32), mode.0 as i32);
+        let at = M::gs(off::JC_MODE + 4 * mode.view() as i32);
+        if !mode.has(Mode::USER) {
+            self.asm.cmp32_mem_imm_flags(at, mode.0 as i32);
+            self.asm.jcc(cc::NE, slow);
+            return;
+        }
+        // User code comes in two forms; which one is wanted is in the word.
+        self.asm.load32(H::RCX, at);
+        self.asm.and32_flags(H::RCX, !(Mode::WINDOW as i32));
+        self.asm.cmp32_imm_flags(H::RCX, mode.0 as i32);
         self.asm.jcc(cc::NE, slow);
     }
 
@@ -114,7 +123,8 @@ impl Translator<'_> {
         let a = &mut self.asm;
         a.store(M::gs(off::RIP), H::RCX);
         a.store_imm8(M::gs(off::CPL), 3);
-        a.store_imm32(M::gs(off::MODE), to.0 as i32);
+        a.load32(H::R15, M::gs(off::JC_MODE + 4 * to.view() as i32));
+        a.store32(M::gs(off::MODE), H::R15);
         self.jump_through_cache(to.view());
     }
 

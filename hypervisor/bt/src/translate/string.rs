@@ -6,7 +6,7 @@
 
 use super::Translator;
 use super::memory::{Access, Dest, Ea, MemOp, Value};
-use crate::asm::{H, M, cc};
+use crate::asm::{Base, H, M, cc};
 use crate::block::{Action, Mode};
 use crate::state::off;
 use iced_x86::{Instruction, Mnemonic, Register};
@@ -86,7 +86,7 @@ impl Translator<'_> {
         self.asm.cmp_imm_flags(H::R13, 4096);
         self.asm.jcc(cc::A, slow);
         self.asm.store(M::gs(off::TMP + 8), H::RDX);
-        let run = M { base: Some(H::RCX), index: Some((H::R13, shift)), disp: 0, gs: false };
+        let run = M { base: Some(H::RCX), index: Some((H::R13, shift)), disp: 0, seg: Base::Host };
         if movs {
             self.asm.mov(H::RCX, H::RSI);
             self.emit_lookup(u16::from(size), false, false, restore);
@@ -112,10 +112,10 @@ impl Translator<'_> {
         a.mov(H::RCX, H::R13);
         a.rep_string(movs, size);
         a.load(H::RDI, M::gs(off::TMP));
-        a.lea(H::RDI, M { base: Some(H::RDI), index: Some((H::R13, shift)), disp: 0, gs: false });
+        a.lea(H::RDI, M { base: Some(H::RDI), index: Some((H::R13, shift)), disp: 0, seg: Base::Host });
         if movs {
             a.load(H::RSI, M::gs(off::TMP + 24));
-            a.lea(H::RSI, M { base: Some(H::RSI), index: Some((H::R13, shift)), disp: 0, gs: false });
+            a.lea(H::RSI, M { base: Some(H::RSI), index: Some((H::R13, shift)), disp: 0, seg: Base::Host });
         }
         a.mov_imm(H::R13, 0);
         a.load(H::RDX, M::gs(off::TMP + 8));

@@ -1,0 +1,559 @@
+//! Windows: host mappings of one guest process, so that its user code reaches memory without a lookup.
+//!
+//! The soft TLB costs a dozen instructions and two dependent loads per access. A process that computes for a while gets
+//! windows instead: its pages are mapped a second time, from the file behind guest RAM, at host addresses that lie at a
+//! fixed distance from the guest's. An access is then the guest's own instruction with a segment prefix, after a check
+//! of the address's upper bits, which no later instruction waits for.
+//!
+//! | window | guest addresses | host addresses | prefix |
+//! |---|---|---|---|
+//! | high | 2^46 to 2^47: position-independent programs, libraries, stacks | lower by [`HIGH_DISTANCE`] | FS |
+//! | low | below 2^32: other programs and their heaps | the vCPU's state + [`LOW_DISTANCE`] | GS |
+//!
+//! **Isolation.** Emitted code checks the base register (or the whole address) before it uses a prefix, and what is
+//! unmapped around both windows is wider than any displacement, and any sum of the constants that a block may add to a
+//! register that it has checked. Both ranges are reserved as a whole; nothing else can ever be mapped there.
+//!
+//! **Faithfulness.** A page is mapped only while the guest's page tables map it for user code, writable only while the PTE is
+//! writable and dirty and no translated code was made from the page. What is not mapped faults, and the access takes the
+//! slow path of the soft TLB, which walks the page tables, and maps the page here. INVLPG and its kin unmap; a flush of the
+//! whole address space makes all pages suspect, and they are compared with the page tables before user code runs again.
+//!
+//! There is one pair of windows in the process, so one address space of one vCPU can have them at a time.
+#![allow(unsafe_code)] // Maps memory at fixed addresses.
+
+use crate::block::Mode;
+use crate::engine::{Engine, Ram, WordMap};
+use crate::state::{BtState, NO_MODE};
+use crate::vcpu::{StateMemory, Windows};
+use paravane_cpu::state::{cr4, efer};
+use paravane_cpu::{CpuState, Env, TlbFlush};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// An address belongs to the high window when this many bits shifted out leave 1.
+pub(crate) const HIGH_SHIFT: u8 = 46;
+/// An address belongs to the low window when this many bits shifted out leave 0.
+pub(crate) const LOW_SHIFT: u8 = 32;
+/// The bits that [`HIGH_SHIFT`] leaves.
+pub(crate) const HIGH_MASK: u64 = !0 << HIGH_SHIFT;
+/// The bits that [`LOW_SHIFT`] leaves.
+pub(crate) const LOW_MASK: u64 = !0 << LOW_SHIFT;
+/// How far below the guest's addresses the high window is.
+pub(crate) const HIGH_DISTANCE: u64 = 0x2b00_0000_0000;
+/// Where the low window begins, from the vCPU's state on.
+pub(crate) const LOW_DISTANCE: i32 = 0x4000_0000;
+/// Displacements that an access through the low window may have without a check of the sum.
+pub(crate) const LOW_DISPLACEMENTS: std::ops::RangeInclusive<i32> = -0x2000_0000..=0x2fff_ffff;
+/// What is reserved from the vCPU's state on: the state, the low window, and what its displacements can reach.
+pub(crate) const LOW_SPAN: usize = LOW_DISTANCE as usize + (1 << LOW_SHIFT) + 0x4000_0000;
+
+/// Host addresses reserved for the high window, guards included: a block adds at most 64 constants below 2^31.
+const HIGH_RESERVED: std::ops::Range<u64> = 0x14c0_0000_0000..0x5540_0000_0000;
+
+/// Set when a high window exists in this process. A signal handler then may find FS away from its place.
+pub(crate) static IN_USE: AtomicBool = AtomicBool::new(false);
+
+const PAGE: u64 = 4096;
+/// Pages around a missing one that are mapped with it, if the guest has used them.
+const AROUND: u64 = 16;
+/// Calls of mmap between two clearings: each may cost a mapping, and a process has 65,530 of them.
+const MAX_MAPS: u32 = 24_000;
+/// What one call costs about, for the decision whether windows pay.
+const MAP_COST: Duration = Duration::from_nanos(2500);
+/// Timer interrupts in a row that must find the same process computing.
+const FIRST_NEED: u32 = 2;
+const LAST_NEED: u32 = 256;
+/// Physical address bits of CR3 and of page-table entries.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// A page in a window.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Mapped {
+    gpa: u64,
+    writable: bool,
+    /// Part of a 2 MiB page, which is flushed as a whole.
+    large: bool,
+}
+
+/// A page table: the address bits it serves, where it is, and what all above it permit.
+#[derive(Clone, Copy)]
+struct Table {
+    place: u64,
+    at: u64,
+    writable: bool,
+    executable: bool,
+}
+
+/// What the guest's page tables say about a page.
+#[derive(Clone, Copy)]
+struct Leaf {
+    gpa: u64,
+    writable: bool,
+    executable: bool,
+    large: bool,
+}
+
+/// One vCPU's windows.
+pub(crate) struct Window {
+    when: Windows,
+    /// Where the state is, for the low window's place; `None` when there are no windows.
+    low: Option<u64>,
+    /// Root of the page tables (CR3's address bits) and PCID of the process that has them.
+    owner: Option<(u64, u64)>,
+    /// The page tables may have changed since the pages were mapped.
+    stale: bool,
+    /// User code runs through the windows now.
+    active: bool,
+    pages: WordMap<u64, Mapped>,
+    /// Exits between pages of the process's code that are linked, and the pages: where they were when that was done.
+    links: Vec<u32>,
+    code: WordMap<u64, u64>,
+    maps: u32,
+    /// Calls of mmap since the last sample, and when that was.
+    calls: u32,
+    sampled: Instant,
+    costly: u32,
+    /// A process that may get the windows: root, interrupts that found it computing.
+    candidate: (u64, u32),
+    /// Processes that windows did not pay for, with the interrupts they need now.
+    need: WordMap<u64, u32>,
+}
+
+impl Window {
+    pub(crate) fn new(memory: &Arc<StateMemory>, ram: &Ram, when: Windows) -> Self {
+        let possible = when != Windows::Off && memory.span() >= LOW_SPAN && ram.has_files() && fsgsbase() && reserve();
+        if possible {
+            IN_USE.store(true, Ordering::SeqCst);
+        }
+        Self {
+            when,
+            low: possible.then_some(memory.ptr() as u64 + LOW_DISTANCE as u64),
+            owner: None,
+            stale: false,
+            active: false,
+            pages: WordMap::default(),
+            links: Vec::new(),
+            code: WordMap::default(),
+            maps: 0,
+            calls: 0,
+            sampled: Instant::now(),
+            costly: 0,
+            candidate: (0, 0),
+            need: WordMap::default(),
+        }
+    }
+
+    /// Host address of a guest page, if a window covers it.
+    fn host(&self, la: u64) -> Option<u64> {
+        let low = self.low?;
+        if la >> HIGH_SHIFT == 1 {
+            Some(la - HIGH_DISTANCE)
+        } else if la >> LOW_SHIFT == 0 {
+            Some(low + la)
+        } else {
+            None
+        }
+    }
+
+    /// Maps or (without a file) unmaps pages. False when the host refuses.
+    fn call(&mut self, la: u64, pages: u64, file: Option<(i32, u64)>, writable: bool) -> bool {
+        let Some(at) = self.host(la) else { return false };
+        self.calls += 1;
+        self.maps += 1;
+        let (prot, flags, fd, offset) = match file {
+            Some((fd, offset)) => {
+                let write = if writable { libc::PROT_WRITE } else { 0 };
+                (libc::PROT_READ | write, libc::MAP_SHARED | libc::MAP_POPULATE, fd, offset as libc::off_t)
+            }
+            None => (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0),
+        };
+        // SAFETY: the range lies within what was reserved for the windows: `host` gave its start, and callers stay within the
+        // 2 MiB around it. Nothing in this process refers to memory there but emitted code.
+        let r = unsafe {
+            libc::mmap(at as *mut libc::c_void, (pages * PAGE) as usize, prot, flags | libc::MAP_FIXED, fd, offset)
+        };
+        r != libc::MAP_FAILED
+    }
+
+    /// Unmaps everything.
+    fn clear(&mut self) {
+        self.pages.clear();
+        self.maps = 0;
+        self.calls += 1;
+        let Some(low) = self.low else { return };
+        let ranges = [(HIGH_RESERVED.start, HIGH_RESERVED.end - HIGH_RESERVED.start), (low, 1 << LOW_SHIFT)];
+        for (start, len) in ranges {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            // SAFETY: exactly what was reserved; nothing but emitted code refers to memory there.
+            let r = unsafe { libc::mmap(start as *mut libc::c_void, len as usize, libc::PROT_NONE, flags, -1, 0) };
+            if r == libc::MAP_FAILED {
+                // What is still mapped must never be used again.
+                self.give_up();
+            }
+        }
+    }
+
+    /// An exit was linked across pages: the link is good while those pages stay where they are.
+    pub(crate) fn note_link(&mut self, exit: u32, pages: impl Iterator<Item = (u64, u64)>) {
+        self.links.push(exit);
+        self.code.extend(pages);
+    }
+
+    /// All blocks are gone, and their links with them.
+    pub(crate) fn forget_links(&mut self) {
+        self.links.clear();
+        self.code.clear();
+    }
+
+    fn give_up(&mut self) {
+        self.low = None;
+        self.owner = None;
+    }
+
+    /// Unmaps one page, or the large page it belongs to.
+    fn drop_page(&mut self, la: u64) {
+        let page = la & !(PAGE - 1);
+        let Some(m) = self.pages.get(&page) else { return };
+        let (first, count) = if m.large { (page & !0x1f_ffff, 512) } else { (page, 1) };
+        for n in 0..count {
+            self.pages.remove(&(first + n * PAGE));
+        }
+        if !self.call(first, count, None, false) {
+            self.clear();
+        }
+    }
+
+    /// Takes write access from every mapping of a guest-physical page.
+    fn protect(&mut self, gpa: u64, ram: &Ram) {
+        let hit: Vec<u64> = self.pages.iter().filter(|(_, m)| m.gpa == gpa && m.writable).map(|(&la, _)| la).collect();
+        for la in hit {
+            if let Some(m) = self.pages.get_mut(&la) {
+                m.writable = false;
+            }
+            if !self.call(la, 1, ram.file(gpa), false) {
+                self.clear();
+            }
+        }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        if self.low.take().is_some() {
+            // SAFETY: our own reservation, which only this window's vCPU used.
+            unsafe {
+                let len = HIGH_RESERVED.end - HIGH_RESERVED.start;
+                libc::munmap(HIGH_RESERVED.start as *mut libc::c_void, len as usize);
+            }
+        }
+    }
+}
+
+/// Whether the host lets user code change the FS base (AT_HWCAP2 bit 1).
+pub(crate) fn fsgsbase() -> bool {
+    // SAFETY: takes a number, gives a number.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
+}
+
+/// Reserves the high window's addresses; false when anything is there already, another vCPU's window for one.
+fn reserve() -> bool {
+    let len = (HIGH_RESERVED.end - HIGH_RESERVED.start) as usize;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: a fresh reservation that replaces nothing.
+    let at = unsafe { libc::mmap(HIGH_RESERVED.start as *mut libc::c_void, len, libc::PROT_NONE, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        return false;
+    }
+    if at as u64 != HIGH_RESERVED.start {
+        // Kernels before 4.17 take the address as a hint.
+        // SAFETY: what was just mapped.
+        unsafe { libc::munmap(at, len) };
+        return false;
+    }
+    true
+}
+
+/// Root and PCID in effect.
+fn space(st: &CpuState) -> (u64, u64) {
+    (st.cr3 & ADDRESS, if st.cr4 & cr4::PCIDE != 0 { st.cr3 & 0xfff } else { 0 })
+}
+
+impl Engine {
+    /// Whether the code about to run in `mode` is to use the windows; they are made fit for use then.
+    pub(crate) fn use_window(&mut self, mode: Mode) -> bool {
+        if self.window.low.is_none() || !mode.is64() || !mode.has(Mode::USER) || mode.alone() {
+            return false;
+        }
+        let now = space(self.cpu());
+        let w = &self.window;
+        if w.when == Windows::Always && w.owner.is_none_or(|o| o.0 != now.0) {
+            self.give_window(now);
+        }
+        let w = &mut self.window;
+        let Some(owner) = &mut w.owner else { return false };
+        if owner.0 != now.0 {
+            return false;
+        }
+        w.stale |= owner.1 != now.1;
+        owner.1 = now.1;
+        if w.stale {
+            self.revalidate();
+        }
+        if self.window.low.is_some() && !self.window.active {
+            self.activate(true);
+        }
+        self.window.active
+    }
+
+    /// Switches translated user code between its two forms.
+    fn activate(&mut self, on: bool) {
+        if self.window.active == on {
+            return;
+        }
+        self.window.active = on;
+        let sh = self.shared();
+        sh.window_fs = if on { HIGH_DISTANCE.wrapping_neg() } else { 0 };
+        // SYSRET and IRETQ inside translated code go by this word.
+        sh.jc_mode[Mode::VIEW_USER as usize] = NO_MODE;
+        self.flush_jump_cache(Mode::VIEW_USER as usize);
+    }
+
+    /// An interrupt was taken: if it found 64-bit user code running, that process computes.
+    pub(crate) fn sample_window(&mut self) {
+        let st = self.cpu();
+        if self.window.low.is_none() || st.cpl != 3 || !st.code64() {
+            return;
+        }
+        let now = space(st);
+        let w = &mut self.window;
+        let elapsed = w.sampled.elapsed();
+        w.sampled = Instant::now();
+        let cost = MAP_COST * std::mem::take(&mut w.calls);
+        if w.owner.is_some_and(|o| o.0 == now.0) {
+            w.candidate = (0, 0);
+            // Mapping may take half the time for a few ticks, while a working set comes in, but not for long.
+            w.costly = if cost * 3 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
+            if w.costly > 8 {
+                self.take_window();
+            }
+            return;
+        }
+        w.candidate = if w.candidate.0 == now.0 { (now.0, w.candidate.1 + 1) } else { (now.0, 1) };
+        let need = w.need.get(&now.0).copied().unwrap_or(FIRST_NEED);
+        if w.candidate.1 >= need {
+            w.candidate = (0, 0);
+            self.give_window(now);
+        }
+    }
+
+    /// Undoes links between pages of the process's code.
+    fn unlink_code(&mut self) {
+        self.window.code.clear();
+        for x in std::mem::take(&mut self.window.links) {
+            self.unlink(x);
+        }
+    }
+
+    fn give_window(&mut self, to: (u64, u64)) {
+        self.activate(false);
+        self.unlink_code();
+        let w = &mut self.window;
+        w.clear();
+        if w.low.is_some() {
+            w.owner = Some(to);
+            (w.stale, w.costly, w.calls) = (false, 0, 0);
+            self.stats.windows_given += 1;
+        }
+    }
+
+    /// The windows cost their process more than they save.
+    fn take_window(&mut self) {
+        self.activate(false);
+        self.unlink_code();
+        let w = &mut self.window;
+        if let Some((root, _)) = w.owner.take() {
+            if w.need.len() > 1024 {
+                w.need.clear();
+            }
+            let need = w.need.entry(root).or_insert(FIRST_NEED);
+            *need = (*need * 4).min(LAST_NEED);
+            self.stats.windows_taken += 1;
+        }
+        w.clear();
+    }
+
+    /// The guest flushes translations of addresses.
+    pub(crate) fn flush_window(&mut self, what: TlbFlush) {
+        let Some(owner) = self.window.owner else { return self.activate(false) };
+        let st = self.cpu();
+        let now = space(st);
+        let tagged = st.cr4 & cr4::PCIDE != 0;
+        match what {
+            TlbFlush::All => self.window.stale = true,
+            TlbFlush::NonGlobal => self.window.stale |= !tagged || now.1 == owner.1,
+            TlbFlush::SwitchPcid => {}
+            TlbFlush::Pcid(p) => self.window.stale |= !tagged || u64::from(p) == owner.1,
+            TlbFlush::Page(la) if now.1 == owner.1 => return self.flush_window_page(la),
+            TlbFlush::PcidPage(p, la) if u64::from(p) == owner.1 => return self.flush_window_page(la),
+            TlbFlush::Page(_) | TlbFlush::PcidPage(..) => return,
+        }
+        if now.0 != owner.0 || self.window.stale {
+            self.activate(false);
+        }
+    }
+
+    fn flush_window_page(&mut self, la: u64) {
+        self.window.drop_page(la);
+        // A large page goes as a whole.
+        if self.window.code.keys().any(|page| page >> 21 == la >> 21) {
+            self.unlink_code();
+        }
+    }
+
+    /// A page holds translated code from now on: user code must not write it unnoticed.
+    pub(crate) fn protect_in_window(&mut self, gpa: u64) {
+        if self.window.owner.is_some() {
+            self.window.protect(gpa, &self.ram);
+        }
+    }
+
+    /// Compares what is mapped with the page tables and unmaps what is no longer so.
+    fn revalidate(&mut self) {
+        self.window.stale = false;
+        self.stats.window_checks += 1;
+        let mut all: Vec<(u64, Mapped)> = self.window.pages.iter().map(|(&la, &m)| (la, m)).collect();
+        all.sort_unstable_by_key(|p| p.0);
+        let mut cached = None;
+        for (la, m) in all {
+            let good = self
+                .leaf(la, &mut cached)
+                .is_some_and(|l| l.gpa == m.gpa && (l.writable || !m.writable) && l.large == m.large);
+            if !good {
+                self.window.drop_page(la);
+            }
+        }
+        let code: Vec<(u64, u64)> = self.window.code.iter().map(|(&la, &gpa)| (la, gpa)).collect();
+        if !code.into_iter().all(|(la, gpa)| self.leaf(la, &mut cached).is_some_and(|l| l.executable && l.gpa == gpa)) {
+            self.unlink_code();
+        }
+    }
+
+    /// What the current page tables let user code do with a page it has used before. Changes nothing. `cached` is the last
+    /// page table, with the address bits it serves.
+    fn leaf(&mut self, la: u64, cached: &mut Option<Table>) -> Option<Leaf> {
+        const P: u64 = 1;
+        const W: u64 = 2;
+        const US: u64 = 4;
+        const A: u64 = 0x20;
+        const D: u64 = 0x40;
+        const PS: u64 = 0x80;
+        const NX: u64 = 1 << 63;
+        let st = self.cpu();
+        if st.efer & efer::LMA == 0 {
+            return None;
+        }
+        let nx = |e: u64| e & NX != 0 && st.efer & efer::NXE != 0;
+        let table = match *cached {
+            Some(t) if t.place == la >> 21 => t,
+            _ => {
+                let mut t = Table { place: la >> 21, at: st.cr3 & ADDRESS, writable: true, executable: true };
+                for shift in [39, 30, 21] {
+                    let e = self.read_pte(t.at + ((la >> shift) & 0x1ff) * 8, 8)?;
+                    if e & (P | US | A) != P | US | A {
+                        return None;
+                    }
+                    t.writable &= e & W != 0;
+                    t.executable &= !nx(e);
+                    if e & PS != 0 {
+                        let gpa = (e & ADDRESS & !0x1f_ffff) | (la & 0x1f_f000);
+                        let leaf =
+                            Leaf { gpa, writable: t.writable && e & D != 0, executable: t.executable, large: true };
+                        return (shift == 21).then_some(leaf);
+                    }
+                    t.at = e & ADDRESS;
+                }
+                *cached.insert(t)
+            }
+        };
+        let e = self.read_pte(table.at + ((la >> 12) & 0x1ff) * 8, 8)?;
+        if e & (P | US | A) != P | US | A {
+            return None;
+        }
+        Some(Leaf {
+            gpa: e & ADDRESS,
+            writable: table.writable && e & (W | D) == W | D,
+            executable: table.executable && !nx(e),
+            large: false,
+        })
+    }
+
+    /// The page of `la` was just walked for a user access that missed it here: maps it, with what is around it. False
+    /// when that changes nothing, because no window covers it, or it is there already, or the host refuses.
+    pub(crate) fn map_in_window(&mut self, la: u64, write: bool) -> bool {
+        let page = la & !(PAGE - 1);
+        if self.window.owner.is_none_or(|o| o.0 != space(self.cpu()).0) || self.window.host(page).is_none() {
+            return false;
+        }
+        if self.window.maps > MAX_MAPS {
+            self.window.clear();
+        }
+        let mut cached = None;
+        let Some(wanted) = self.wanted(page, &mut cached) else { return false };
+        if write && !wanted.writable || self.window.pages.get(&page) == Some(&wanted) {
+            return false;
+        }
+        let (first, count) =
+            if wanted.large { (page & !0x1f_ffff, 512) } else { (page & !(AROUND * PAGE - 1), AROUND) };
+        // A run of pages that can be mapped by one call: start, what its first page is, length.
+        let mut run: Option<(u64, Mapped, u64)> = None;
+        let mut good = true;
+        for n in 0..=count {
+            let here = first + n * PAGE;
+            let next = if n == count { None } else { self.wanted(here, &mut cached) };
+            let next = next.filter(|w| self.window.pages.get(&here) != Some(w));
+            if let (Some((_, head, len)), Some(w)) = (&mut run, next)
+                && w.gpa == head.gpa + *len * PAGE
+                && w.writable == head.writable
+            {
+                *len += 1;
+                continue;
+            }
+            if let Some((start, head, len)) = run.take() {
+                good &= self.map_run(start, head, len);
+            }
+            run = next.map(|w| (here, w, 1));
+        }
+        if !good {
+            // The host has no more mappings or memory to give. The code that runs now goes by the windows, so they are taken
+            // away at the next opportunity.
+            self.window.costly = u32::MAX / 2;
+        }
+        good
+    }
+
+    fn map_run(&mut self, start: u64, head: Mapped, len: u64) -> bool {
+        let file = self.ram.file(head.gpa);
+        if file.is_none() || !self.window.call(start, len, file, head.writable) {
+            return false;
+        }
+        self.stats.window_maps += 1;
+        for n in 0..len {
+            self.window.pages.insert(start + n * PAGE, Mapped { gpa: head.gpa + n * PAGE, ..head });
+        }
+        true
+    }
+
+    /// How a page ought to be mapped.
+    fn wanted(&mut self, page: u64, cached: &mut Option<Table>) -> Option<Mapped> {
+        self.window.host(page)?;
+        let leaf = self.leaf(page, cached)?;
+        self.ram.host(leaf.gpa, PAGE)?;
+        let writable = leaf.writable && !self.pages.contains_key(&leaf.gpa);
+        Some(Mapped { gpa: leaf.gpa, writable, large: leaf.large })
+    }
+}
+
+/// The state's address as GS has it is where the low window is counted from.
+const _: () = assert!(size_of::<BtState>() < LOW_DISTANCE as usize / 2 - (8 << 20));
