@@ -15,18 +15,38 @@ pub(crate) const CMDLINE: &str = "console=ttyS0 panic=-1";
 /// Clock ticks per second in /proc's CPU times; Linux gives USER_HZ = 100 on x86.
 const TICKS_PER_SECOND: f64 = 100.0;
 
+/// Guest RAM for every boot that does not ask for another size.
+const MEMORY: &str = "512M";
+
 /// The command that boots a guest under Paravane with the console on standard output.
 pub(crate) fn paravane(program: &Path, engine: &str, kernel: &Path, initrd: &Path, cmdline: &str) -> Command {
+    paravane_with(MEMORY, program, engine, kernel, initrd, cmdline)
+}
+
+/// [`paravane`] with an amount of guest RAM, such as "2G".
+pub(crate) fn paravane_with(
+    memory: &str,
+    program: &Path,
+    engine: &str,
+    kernel: &Path,
+    initrd: &Path,
+    cmdline: &str,
+) -> Command {
     let mut command = Command::new(program);
-    command.args(["run", "--engine", engine, "--memory", "512M", "--serial", "stdio", "--cmdline", cmdline]);
+    command.args(["run", "--engine", engine, "--memory", memory, "--serial", "stdio", "--cmdline", cmdline]);
     command.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd);
     command
 }
 
 /// The command that boots the same guest under QEMU's emulator.
 pub(crate) fn qemu(kernel: &Path, initrd: &Path, cmdline: &str) -> Command {
+    qemu_with(MEMORY, kernel, initrd, cmdline)
+}
+
+/// [`qemu`] with an amount of guest RAM, such as "2G".
+pub(crate) fn qemu_with(memory: &str, kernel: &Path, initrd: &Path, cmdline: &str) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg", "-cpu", "max", "-m", "512M", "-smp", "1", "-nodefaults", "-no-reboot"]);
+    command.args(["-accel", "tcg", "-cpu", "max", "-m", memory, "-smp", "1", "-nodefaults", "-no-reboot"]);
     command.args(["-display", "none", "-serial", "stdio", "-append", cmdline]);
     command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
     command

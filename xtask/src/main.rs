@@ -6,10 +6,14 @@
 
 mod apt;
 mod boot;
+mod compute_root;
+mod compute_set;
+mod compute_table;
 mod cpio;
 mod host;
 mod initramfs;
 mod task_bench_boot;
+mod task_bench_compute;
 mod task_boots;
 mod task_check;
 mod task_demo;
@@ -49,6 +53,8 @@ enum Task {
 enum Bench {
     /// Kernel start to power-off, alternating with QEMU's emulator, with memory and idle cost
     Boot(task_bench_boot::Args),
+    /// A fixed set of loops, system work and programs on the host, under Paravane and under QEMU's emulator
+    Compute(task_bench_compute::Args),
 }
 
 fn main() -> ExitCode {
@@ -59,6 +65,7 @@ fn main() -> ExitCode {
         Task::Guests => task_guests::run(),
         Task::Boots(args) => task_boots::run(&args),
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
+        Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),
     };
     match outcome {
         Ok(code) => code,

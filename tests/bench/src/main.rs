@@ -1,0 +1,69 @@
+//! The programs of `cargo xtask bench compute`: one static binary that runs unchanged on the host and in guests.
+//!
+//! `kernels` and `os` do the work of this binary itself, `run` times another program. Every result is a line of
+//! name, nanoseconds and checksum; whoever compares sides wants equal checksums first.
+
+mod kernels;
+mod os;
+mod report;
+mod sys;
+
+use clap::{Parser, Subcommand};
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "bench", about = "Fixed work, timed: name, nanoseconds and checksum on each line")]
+struct Cli {
+    #[command(subcommand)]
+    work: Work,
+}
+
+#[derive(Subcommand)]
+enum Work {
+    /// Small loops: nanoseconds per repetition
+    Kernels(report::Choice),
+    /// System calls, processes, memory, signals, files: nanoseconds per operation
+    Os {
+        #[command(flatten)]
+        choice: report::Choice,
+        /// Where files are created and removed; a tmpfs
+        #[arg(long, default_value = "/dev/shm")]
+        folder: PathBuf,
+    },
+    /// Print the names of all rows with their group
+    List,
+    /// Print the clock's nanoseconds since boot
+    Clock,
+    /// Do nothing, successfully
+    True,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().work {
+        Work::Kernels(choice) => sys::pin().and_then(|()| kernels::run(&choice)),
+        Work::Os { choice, folder } => sys::pin().and_then(|()| os::run(&choice, &folder)),
+        Work::List => {
+            kernels::names().for_each(|name| println!("kernels\t{name}"));
+            os::names().for_each(|name| println!("os\t{name}"));
+            Ok(())
+        }
+        Work::Clock => {
+            println!("{}", sys::uptime().as_nanos());
+            Ok(())
+        }
+        Work::True => Ok(()),
+    };
+    finish(outcome)
+}
+
+fn finish(outcome: io::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! What the compute benchmark runs and what comes back: groups, rows, and the measurements of each side.
+//!
+//! The programs (tests/bench) print a line per row: name, nanoseconds, checksum. A guest prints the same lines between
+//! markers on its console (guest/bench.sh). Here they are read and collected; a side that computed something else, left
+//! a row out or ended early is a complaint, and complaints fail the benchmark.
+
+use std::collections::BTreeMap;
+
+/// A part of the set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub(crate) enum Group {
+    /// Small loops, time per repetition
+    Kernels,
+    /// Operating-system work, time per operation
+    Os,
+    /// Programs from Debian packages, time per run
+    Programs,
+}
+
+impl Group {
+    /// All groups in the order in which they run.
+    pub(crate) const ALL: [Self; 3] = [Self::Kernels, Self::Os, Self::Programs];
+
+    /// The name in every interface.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Kernels => "kernels",
+            Self::Os => "os",
+            Self::Programs => "programs",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|group| group.name() == name)
+    }
+}
+
+/// Where the set runs. The order is that of the columns and of the runs within a round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Side {
+    /// This machine, directly.
+    Host,
+    /// A guest under Paravane's binary translation.
+    Bt,
+    /// A guest under QEMU's emulator.
+    Tcg,
+}
+
+impl Side {
+    /// All sides in order.
+    pub(crate) const ALL: [Self; 3] = [Self::Host, Self::Bt, Self::Tcg];
+
+    /// The name in messages and in JSON.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Bt => "bt",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// One line of a side's output.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Measurement {
+    /// The row.
+    pub(crate) name: String,
+    /// Per repetition, operation or run, depending on the group.
+    pub(crate) nanoseconds: f64,
+    /// What the work computed.
+    pub(crate) checksum: String,
+}
+
+impl Measurement {
+    /// Reads a line; anything that is not one is `None`.
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.trim_end().split('\t');
+        let (name, nanoseconds, checksum) = (fields.next()?, fields.next()?, fields.next()?);
+        let nanoseconds = nanoseconds.parse::<f64>().ok().filter(|time| time.is_finite() && *time > 0.0)?;
+        let good = fields.next().is_none() && !name.is_empty() && checksum.len() == 16;
+        good.then(|| Self { name: name.to_owned(), nanoseconds, checksum: checksum.to_owned() })
+    }
+}
+
+/// What a guest's console said between the markers.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Console {
+    /// The rows in order.
+    pub(crate) rows: Vec<(Group, Measurement)>,
+    /// Groups that did not end with status 0, with what was printed there that is no row.
+    pub(crate) failures: Vec<String>,
+    /// Nanoseconds by the guest's clock between the markers; `None` if the end was not reached.
+    pub(crate) elapsed: Option<u64>,
+}
+
+impl Console {
+    /// Reads a console's text.
+    pub(crate) fn parse(text: &str) -> Self {
+        let (mut console, mut begin, mut group, mut notes) = (Self::default(), None, None, Vec::new());
+        for line in text.lines().map(str::trim_end) {
+            if let Some(clock) = line.strip_prefix("bench-begin ") {
+                begin = clock.parse::<u64>().ok();
+            } else if let Some(name) = line.strip_prefix("bench-group ") {
+                group = Group::from_name(name);
+                notes.clear();
+            } else if let Some(status) = line.strip_prefix("bench-status ") {
+                if let Some((name, code)) = status.split_once(' ').filter(|(_, code)| *code != "0") {
+                    console.failures.push(format!("{name} ended with status {code}: {}", notes.join("; ")));
+                }
+                group = None;
+            } else if let Some(clock) = line.strip_prefix("bench-end ") {
+                let end = clock.parse::<u64>().ok();
+                console.elapsed = begin.zip(end).and_then(|(begin, end)| end.checked_sub(begin));
+            } else if let Some(group) = group {
+                match Measurement::parse(line) {
+                    Some(row) => console.rows.push((group, row)),
+                    None => notes.push(line.to_owned()),
+                }
+            }
+        }
+        console
+    }
+}
+
+/// A row with everything measured for it.
+#[derive(Debug)]
+pub(crate) struct Row {
+    /// Its group.
+    pub(crate) group: Group,
+    /// Its name.
+    pub(crate) name: String,
+    /// Nanoseconds of each round, by side.
+    pub(crate) times: BTreeMap<Side, Vec<f64>>,
+    /// The first checksum seen and the side it came from.
+    pub(crate) checksum: Option<(Side, String)>,
+}
+
+impl Row {
+    /// The median of a side's rounds in nanoseconds, if it has any.
+    pub(crate) fn median(&self, side: Side) -> Option<f64> {
+        median(self.times.get(&side)?)
+    }
+}
+
+/// All rows and all complaints.
+#[derive(Debug, Default)]
+pub(crate) struct Results {
+    /// The rows in the programs' order.
+    pub(crate) rows: Vec<Row>,
+    /// Sentences about what went wrong.
+    pub(crate) complaints: Vec<String>,
+}
+
+impl Results {
+    /// Empty results for the rows that `list` (the output of `bench list`) names and `wanted` accepts.
+    pub(crate) fn new(list: &str, wanted: impl Fn(Group, &str) -> bool) -> Self {
+        let rows = list
+            .lines()
+            .filter_map(|line| {
+                let (group, name) = line.split_once('\t')?;
+                Group::from_name(group).map(|group| (group, name.to_owned()))
+            })
+            .filter(|(group, name)| wanted(*group, name))
+            .map(|(group, name)| Row { group, name, times: BTreeMap::new(), checksum: None })
+            .collect();
+        Self { rows, complaints: Vec::new() }
+    }
+
+    /// Adds one run of a side.
+    pub(crate) fn add(&mut self, side: Side, rows: Vec<(Group, Measurement)>) {
+        let mut missing: Vec<_> = self.rows.iter().map(|row| row.name.clone()).collect();
+        for (group, measured) in rows {
+            let Some(row) = self.rows.iter_mut().find(|row| row.group == group && row.name == measured.name) else {
+                self.complaints.push(format!("{} printed an unknown row {}", side.name(), measured.name));
+                continue;
+            };
+            missing.retain(|name| *name != row.name);
+            row.times.entry(side).or_default().push(measured.nanoseconds);
+            let (first, checksum) = row.checksum.get_or_insert_with(|| (side, measured.checksum.clone()));
+            if *checksum != measured.checksum {
+                self.complaints.push(format!(
+                    "{} computed {} in {}, {} computed {checksum}",
+                    side.name(),
+                    measured.checksum,
+                    row.name,
+                    first.name()
+                ));
+            }
+        }
+        if !missing.is_empty() {
+            self.complaints.push(format!("{} printed no result for {}", side.name(), missing.join(", ")));
+        }
+    }
+}
+
+/// The middle value, or the mean of the two in the middle.
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    let upper = *sorted.get(middle)?;
+    Some(if sorted.len() % 2 == 1 { upper } else { f64::midpoint(sorted[middle - 1], upper) })
+}
+
+/// The geometric mean; `None` of nothing.
+pub(crate) fn geometric_mean(values: &[f64]) -> Option<f64> {
+    let sum: f64 = values.iter().map(|value| value.ln()).sum();
+    (!values.is_empty()).then(|| (sum / values.len() as f64).exp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(name: &str, nanoseconds: f64, checksum: &str) -> Measurement {
+        Measurement { name: name.into(), nanoseconds, checksum: checksum.into() }
+    }
+
+    const SUM: &str = "00000000000000aa";
+
+    #[test]
+    fn only_whole_rows_are_read() {
+        assert_eq!(Measurement::parse("getppid\t80.9\t00000000000000aa\r"), Some(measured("getppid", 80.9, SUM)));
+        for line in [
+            "getppid\t80.9",
+            "getppid\tx\t00000000000000aa",
+            "getppid\t80.9\t00aa",
+            "\t1\t00000000000000aa",
+            "a\tNaN\t00000000000000aa",
+            "a\t1.0\t00000000000000aa\tmore",
+            "[    1.0] kernel: hello",
+            "",
+        ] {
+            assert_eq!(Measurement::parse(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn consoles_give_rows_failures_and_the_guests_time() {
+        let text = format!(
+            "[0.0] Linux\r\nbench-begin 1000\r\nbench-group kernels\r\na\t5.0\t{SUM}\r\nbench-status kernels 0\r\n\
+             bench-group os\r\nb\t6.5\t{SUM}\r\nbench: no memory\r\nbench-status os 1\r\nbench-end 4500\r\n"
+        );
+        let console = Console::parse(&text);
+        assert_eq!(console.rows, [(Group::Kernels, measured("a", 5.0, SUM)), (Group::Os, measured("b", 6.5, SUM))]);
+        assert_eq!(console.failures, ["os ended with status 1: bench: no memory"]);
+        assert_eq!(console.elapsed, Some(3500));
+        let cut = Console::parse(&text[..text.find("bench-end").expect("the marker")]);
+        assert_eq!((cut.rows.len(), cut.elapsed), (2, None));
+    }
+
+    #[test]
+    fn differing_missing_and_unknown_rows_are_complaints() {
+        let list = "kernels\ta\nkernels\tb\nos\tc\n";
+        let mut results = Results::new(list, |group, _| group == Group::Kernels);
+        results.add(
+            Side::Host,
+            vec![(Group::Kernels, measured("a", 1.0, SUM)), (Group::Kernels, measured("b", 2.0, SUM))],
+        );
+        assert!(results.complaints.is_empty());
+        results.add(
+            Side::Bt,
+            vec![(Group::Kernels, measured("a", 3.0, "00000000000000bb")), (Group::Os, measured("c", 1.0, SUM))],
+        );
+        assert_eq!(
+            results.complaints,
+            [
+                "bt computed 00000000000000bb in a, host computed 00000000000000aa",
+                "bt printed an unknown row c",
+                "bt printed no result for b"
+            ]
+        );
+        assert_eq!(results.rows[0].median(Side::Bt), Some(3.0));
+        assert_eq!(results.rows[1].median(Side::Bt), None);
+    }
+
+    #[test]
+    fn means_and_medians() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
+        assert_eq!(geometric_mean(&[]), None);
+        assert!((geometric_mean(&[1.0, 4.0, 16.0]).expect("a mean") - 4.0).abs() < 1e-12);
+    }
+}
