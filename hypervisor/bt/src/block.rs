@@ -61,6 +61,9 @@ impl Mode {
     pub(crate) const GLOBAL: u32 = 1 << 21;
     /// User code reaches memory through the windows (see [`crate::window`]). The engine's choice, not the guest's state.
     pub(crate) const WINDOW: u32 = 1 << 26;
+    /// A window block whose base registers may point into either window: nothing is concluded from one check for the next
+    /// access. Entered where a block's own conclusion proves wrong.
+    pub(crate) const MIXED: u32 = 1 << 27;
     /// CPL is not 0 (it may be 1 or 2, which paging counts as supervisor).
     pub(crate) const RING: u32 = 1 << 20;
 

@@ -242,9 +242,12 @@ pub(crate) unsafe extern "sysv64" fn chain(e: *mut Engine, exit: u32) -> Back {
     // SAFETY: as in `mem`.
     let e = unsafe { &mut *e };
     e.stats.chain_callouts += 1;
-    e.cpu().rip = e.tables.exits[exit as usize].target_rip;
+    let x = &e.tables.exits[exit as usize];
+    e.variant = x.target_mode.0 & Mode::MIXED;
+    e.cpu().rip = x.target_rip;
     let generation = e.stats.cache_flushes;
     let back = e.go();
+    e.variant = 0;
     if back.bits == Back::JUMP && generation == e.stats.cache_flushes {
         e.link(exit, back.value);
     }

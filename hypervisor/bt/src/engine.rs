@@ -153,6 +153,8 @@ pub(crate) struct Engine {
     pub(crate) before_fault: [u8; 576],
 
     pub(crate) window: Window,
+    /// [`crate::block::Mode::MIXED`] when the next block is to be of that kind.
+    pub(crate) variant: u32,
 
     pub(crate) asm: Asm,
     pub(crate) info: InstructionInfoFactory,
@@ -207,6 +209,7 @@ impl Engine {
             memory,
             ram,
             window,
+            variant: 0,
             bus,
             cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz }),
             stats: Stats::default(),

@@ -4,7 +4,7 @@
 use crate::block::{Block, BlockId, Key, Mode, NO_EXIT};
 use crate::engine::Engine;
 use crate::state::{JC_ENTRIES, NO_SELECTOR};
-use crate::translate::{Decoded, Translator, decode};
+use crate::translate::{Decoded, Hint, Translator, decode};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::rflags;
 use paravane_cpu::{Env, Exception, Seg, Segment};
@@ -110,8 +110,9 @@ impl Engine {
                 mode.0 |= Mode::SINGLE;
             }
             if self.use_window(mode) {
-                mode.0 |= Mode::WINDOW;
+                mode.0 |= Mode::WINDOW | self.variant;
             }
+            self.variant = 0;
             match self.find(mode) {
                 Ok(Some(id)) => return Some(self.prepare(id)),
                 Ok(None) => {
@@ -154,7 +155,7 @@ impl Engine {
         let target = self.code.address(b.entry);
         self.shared().mode = key.mode.0;
         self.refresh_fast_segments();
-        if key.mode.alone() || !key.mode.has(Mode::FLAT) {
+        if key.mode.alone() || !key.mode.has(Mode::FLAT) || key.mode.has(Mode::MIXED) {
             return target;
         }
         let view = key.mode.view();
@@ -301,12 +302,13 @@ impl Engine {
             }
         }
         let id = self.tables.blocks.len() as BlockId;
-        let gpr = self.cpu().gpr;
+        let hint = Hint { gpr: &self.cpu().gpr, low: self.window.votes > 0 };
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
-        let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip, &gpr)
+        let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip, hint)
             .translate(&decoded);
         self.decoded = decoded;
+        self.window.votes = (self.window.votes + t.votes).clamp(-1000, 1000);
         let Some(placed) = self.code.place(&mut self.asm) else {
             self.tables.faults.truncate(faults as usize);
             return Ok(None);

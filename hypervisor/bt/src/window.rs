@@ -106,6 +106,8 @@ pub(crate) struct Window {
     stale: bool,
     /// User code runs through the windows now.
     active: bool,
+    /// Whether operands are more often in the low window (positive) or in the high one, as translation sees it.
+    pub(crate) votes: i32,
     pages: WordMap<u64, Mapped>,
     /// Exits between pages of the process's code that are linked, and the pages: where they were when that was done.
     links: Vec<u32>,
@@ -133,6 +135,7 @@ impl Window {
             owner: None,
             stale: false,
             active: false,
+            votes: 0,
             pages: WordMap::default(),
             links: Vec::new(),
             code: WordMap::default(),
@@ -363,7 +366,7 @@ impl Engine {
         w.clear();
         if w.low.is_some() {
             w.owner = Some(to);
-            (w.stale, w.costly, w.calls) = (false, 0, 0);
+            (w.stale, w.costly, w.calls, w.votes) = (false, 0, 0, 0);
             self.stats.windows_given += 1;
         }
     }
@@ -494,6 +497,8 @@ impl Engine {
     pub(crate) fn map_in_window(&mut self, la: u64, write: bool) -> bool {
         let page = la & !(PAGE - 1);
         if self.window.owner.is_none_or(|o| o.0 != space(self.cpu()).0) || self.window.host(page).is_none() {
+            // An address that no window covers costs as much as a mapping, every time.
+            self.window.calls += 1;
             return false;
         }
         if self.window.maps > MAX_MAPS {

@@ -74,7 +74,7 @@ impl Translator<'_> {
         l
     }
 
-    fn add_exit(&mut self, target_rip: u64, target_mode: Mode, patch: u32, stub: Label) {
+    pub(super) fn add_exit(&mut self, target_rip: u64, target_mode: Mode, patch: u32, stub: Label) {
         self.stubs.push((self.exits.len() as u32, stub));
         self.exits.push(RawExit { target_rip, target_mode, patch, stub: 0 });
     }

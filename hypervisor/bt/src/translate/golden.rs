@@ -2,7 +2,7 @@
 //!
 //! Run with `PARAVANE_BLESS=1` to write them anew.
 
-use super::{Decoded, Translator, decode};
+use super::{Decoded, Hint, Translator, decode};
 use crate::asm::Asm;
 use crate::block::{Mode, Tables};
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction, InstructionInfoFactory};
@@ -42,7 +42,8 @@ fn check_at(name: &str, mode: Mode, rip: u64, guest: &[u8]) {
     let mut code: Vec<Instruction> = Vec::new();
     assert_eq!(decode(guest, rip, mode, &mut code), Decoded::Ok);
     let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
-    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, rip, &[rip; 16]).translate(&code);
+    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, rip, Hint { gpr: &[rip; 16], low: false })
+        .translate(&code);
     asm.resolve(0);
     let mut out = String::from("guest:\n");
     listing(&mut out, guest, rip);

@@ -26,6 +26,7 @@ pub(crate) use control::jump_cache_stub;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic};
 use memory::Slow;
 use std::sync::atomic::{AtomicU32, Ordering};
+pub(crate) use window::Hint;
 
 /// Guest instructions per block at most.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -55,6 +56,8 @@ pub(crate) struct Translated {
     pub(crate) entry: u32,
     pub(crate) instructions: u32,
     pub(crate) exits: Vec<RawExit>,
+    /// How many more operands were in the low window than in the high one, judging by the registers at hand.
+    pub(crate) votes: i32,
 }
 
 /// One block's translation in progress.
@@ -69,6 +72,8 @@ pub(crate) struct Translator<'a> {
     pub(crate) simd: bool,
     pub(crate) cur_rip: u64,
     pub(crate) cur_next: u64,
+    /// The block is of [`Mode::MIXED`]; `mode` does not say so, for its exits are not.
+    mixed: bool,
     /// What window blocks know about registers.
     known: window::Known,
     /// The access through a window that is being emitted.
@@ -137,20 +142,21 @@ impl<'a> Translator<'a> {
         mode: Mode,
         block: BlockId,
         start_rip: u64,
-        gpr: &[u64; 16],
+        hint: window::Hint<'_>,
     ) -> Self {
         asm.clear();
         Self {
             asm,
             info,
             tables,
-            mode,
+            mode: Mode(mode.0 & !Mode::MIXED),
+            mixed: mode.has(Mode::MIXED),
             block,
             start_rip,
             simd: false,
             cur_rip: start_rip,
             cur_next: start_rip,
-            known: window::Known::at_entry(gpr),
+            known: window::Known::at_entry(hint),
             window_site: None,
             slow: Vec::new(),
             exits: Vec::new(),
@@ -222,7 +228,13 @@ impl<'a> Translator<'a> {
         self.emit_far_sides();
         self.emit_stubs();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
-        Translated { guest_len: guest_len.max(1), entry, instructions: code.len() as u32, exits: self.exits }
+        Translated {
+            guest_len: guest_len.max(1),
+            entry,
+            instructions: code.len() as u32,
+            exits: self.exits,
+            votes: self.known.votes(),
+        }
     }
 
     /// Truncates an instruction pointer to the code size.
@@ -446,6 +458,10 @@ fn flag_liveness(code: &[Instruction]) -> Vec<bool> {
             live = all;
         } else {
             let mut kills = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
+            if matches!(i.mnemonic(), Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test) {
+                // AF is undefined, which is to say that it does not keep its value.
+                kills |= B::AF;
+            }
             if maybe_unwritten(i) {
                 kills = 0;
             }

@@ -1,21 +1,21 @@
 //! The second memory policy: operands reached through a window (see [`crate::window`]).
 //!
 //! In line stands a check for the window that the operand is likely in, then the guest's instruction with that window's
-//! segment prefix. If the check fails, code behind the block tries the other window, and then the slow path, which is
-//! the soft TLB's. An access that faults goes to the same slow path, by way of the signal handler.
+//! segment prefix. An access that faults goes to the slow path, which is the soft TLB's, by way of the signal handler.
 //!
-//! A base register that was checked need not be checked again in the block while it moves by constants only. That holds
-//! in code of the high window, whose pointers nearly all are in the high window too; elsewhere only for the stack pointer.
+//! A base register that was checked need not be checked again in the block while it moves by constants only. If such a check
+//! fails, the rest of the block is left for a version of itself that concludes nothing ([`Mode::MIXED`]). If another
+//! check fails, code behind the block tries the other window, and then the slow path.
 
 use super::classify::{Class, classify};
 use super::memory::{Access, Ea, Loc, MemOp, Slow};
 use super::{Pending, Translator};
 use crate::asm::{Base, H, Label, M, cc};
-use crate::block::FaultKind;
+use crate::block::{FaultKind, Mode};
 use crate::regs::{Home, gpr_of, home};
 use crate::state::off;
 use crate::window::{HIGH_SHIFT, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT};
-use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind};
+use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 /// One of the two windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,20 +60,51 @@ pub(crate) struct Other {
     flags_live: bool,
 }
 
+/// What helps to guess the window of an operand.
+#[derive(Clone, Copy)]
+pub(crate) struct Hint<'a> {
+    /// The registers' values when the block is translated, on its way to be run.
+    pub(crate) gpr: &'a [u64; 16],
+    /// Operands of this process are more often in the low window.
+    pub(crate) low: bool,
+}
+
 /// What is known about guest registers at this place of a window block.
-#[derive(Default)]
 pub(crate) struct Known {
-    /// The registers' values when the block was translated, on its way to be run: a hint which window they point to.
-    hint: [u64; 16],
+    gpr: [u64; 16],
+    low_more_often: bool,
+    votes: i32,
     /// Registers that are as they were at the block's entry, as a bit set.
     unchanged: u16,
-    /// Registers that were checked for the high window.
+    /// Registers that were checked for the high window, and for the low one.
     high: u16,
+    low: u16,
 }
 
 impl Known {
-    pub(crate) fn at_entry(hint: &[u64; 16]) -> Self {
-        Self { hint: *hint, unchanged: u16::MAX, high: 0 }
+    pub(crate) fn at_entry(hint: Hint<'_>) -> Self {
+        Self { gpr: *hint.gpr, low_more_often: hint.low, votes: 0, unchanged: u16::MAX, high: 0, low: 0 }
+    }
+
+    pub(crate) fn votes(&self) -> i32 {
+        self.votes
+    }
+
+    fn region(&self, g: usize) -> Option<Region> {
+        if self.high >> g & 1 != 0 {
+            Some(Region::High)
+        } else if self.low >> g & 1 != 0 {
+            Some(Region::Low)
+        } else {
+            None
+        }
+    }
+
+    fn note(&mut self, g: usize, region: Region) {
+        match region {
+            Region::High => self.high |= 1 << g,
+            Region::Low => self.low |= 1 << g,
+        }
     }
 }
 
@@ -95,22 +126,22 @@ impl Translator<'_> {
         } else {
             let (subject, m) = self.subject(acc, pre);
             let base_only = matches!((subject, ea.base), (Subject::Register(h), Some(b)) if home(b) == Home::Host(h));
-            let region = self.likely(ea);
-            let known = base_only && ea.base.is_some_and(|b| self.known.high >> b & 1 != 0);
-            if known {
-                Region::High.operand(m)
+            let base = ea.base.filter(|_| base_only);
+            if let Some(region) = base.and_then(|b| self.known.region(b)) {
+                region.operand(m)
             } else {
-                let label = self.asm.label();
-                self.emit_check(region, subject, acc.flags_live, label);
-                other = Some(Other { label, region: region.other(), subject, operand: m, flags_live: acc.flags_live });
+                let region = self.likely(ea);
                 // Behind an access that may touch nothing, nothing is known about its address.
                 let s = &self.tables.sites[site as usize];
-                let certain = base_only && !s.masked && !s.late_fault && region == Region::High;
-                if let Some(b) = ea.base
-                    && certain
-                    && (b == 4 || self.high_code())
-                {
-                    self.known.high |= 1 << b;
+                let concluding = base.filter(|_| !s.masked && !s.late_fault && !self.mixed);
+                let label = self.asm.label();
+                let patch = self.emit_check(region, subject, acc.flags_live, label);
+                if let Some(b) = concluding {
+                    self.known.note(b, region);
+                    self.add_exit(self.cur_rip, Mode(self.mode.0 | Mode::MIXED), patch, label);
+                } else {
+                    let flags_live = acc.flags_live;
+                    other = Some(Other { label, region: region.other(), subject, operand: m, flags_live });
                 }
                 region.operand(m)
             }
@@ -122,11 +153,6 @@ impl Translator<'_> {
         self.asm.bind(done);
         self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op: *op, write: acc.write, other });
         true
-    }
-
-    /// Whether this code itself is in the high window.
-    fn high_code(&self) -> bool {
-        self.start_rip >> HIGH_SHIFT == 1
     }
 
     /// An operand whose address is known now.
@@ -177,14 +203,25 @@ impl Translator<'_> {
                 _ => {}
             }
         }
+        if ea.seg >= 4
+            && ea.base.is_none()
+            && ea.index.is_none()
+            && matches!(pre, Pending::None)
+            && let Some(disp) = disp
+            && LOW_DISPLACEMENTS.contains(&disp)
+        {
+            // Thread-local data at a fixed place.
+            self.asm.load(H::R15, M::gs(off::seg_base(usize::from(ea.seg))));
+            return (Subject::Register(H::R15), M::base(H::R15, disp));
+        }
         self.emit_ea(ea, true);
         self.emit_pending(pre, ea.bits);
         self.asm.mov(H::R15, H::RCX);
         (Subject::Register(H::R15), M::base(H::R15, 0))
     }
 
-    /// Jumps to `fail` unless the subject lies in the window. Clobbers RCX.
-    fn emit_check(&mut self, region: Region, subject: Subject, flags_live: bool, fail: Label) {
+    /// Jumps to `fail` unless the subject lies in the window; gives the place of the jump's displacement. Clobbers RCX.
+    fn emit_check(&mut self, region: Region, subject: Subject, flags_live: bool, fail: Label) -> u32 {
         let a = &mut self.asm;
         let shift = match region {
             Region::High => HIGH_SHIFT,
@@ -201,9 +238,9 @@ impl Translator<'_> {
                     Region::Low => a.pext(H::RCX, h, M::gs(off::LOW_MASK)),
                 }
                 a.jrcxz(ok);
-                a.jmp(fail);
+                let patch = a.jump_patchable(None, fail);
                 a.bind(ok);
-                return;
+                return patch;
             }
             Subject::Register(h) => a.mov(H::RCX, h),
             Subject::Address(m) => a.lea(H::RCX, m),
@@ -212,7 +249,7 @@ impl Translator<'_> {
         if region == Region::High {
             a.cmp32_imm_flags(H::RCX, 1);
         }
-        a.jcc(cc::NE, fail);
+        a.jump_patchable(Some(cc::NE), fail)
     }
 
     /// Behind the block: the same access through the other window, or on to the slow path.
@@ -234,15 +271,19 @@ impl Translator<'_> {
     }
 
     /// The window that an operand is likely in.
-    fn likely(&self, ea: &Ea) -> Region {
-        let fresh = |g: Option<usize>| g.is_none_or(|g| self.known.unchanged >> g & 1 != 0);
+    fn likely(&mut self, ea: &Ea) -> Region {
+        let k = &mut self.known;
+        let fresh = |g: Option<usize>| g.is_none_or(|g| k.unchanged >> g & 1 != 0);
         if fresh(ea.base) && fresh(ea.index.map(|x| x.0)) && ea.seg < 4 {
-            let of = |g: usize| self.known.hint[g];
-            let index = ea.index.map_or(0, |(x, s)| of(x) << s);
-            let la = ea.base.map_or(0, of).wrapping_add(index).wrapping_add(ea.disp as u64);
-            return if la >> LOW_SHIFT == 0 { Region::Low } else { Region::High };
+            let index = ea.index.map_or(0, |(x, s)| k.gpr[x] << s);
+            let la = ea.base.map_or(0, |b| k.gpr[b]).wrapping_add(index).wrapping_add(ea.disp as u64);
+            let low = la >> LOW_SHIFT == 0;
+            if ea.base != Some(4) {
+                k.votes += if low { 1 } else { -1 };
+            }
+            return if low { Region::Low } else { Region::High };
         }
-        if ea.base == Some(4) || ea.seg >= 4 || self.high_code() { Region::High } else { Region::Low }
+        if ea.base == Some(4) || ea.seg >= 4 || !k.low_more_often { Region::High } else { Region::Low }
     }
 
     /// Brings [`Known`] up to date with an instruction that was just emitted.
@@ -258,12 +299,12 @@ impl Translator<'_> {
             | Class::Leave => {}
             // Rust code may change anything.
             _ => {
-                self.known.unchanged = 0;
-                self.known.high = 0;
+                (self.known.unchanged, self.known.high, self.known.low) = (0, 0, 0);
                 return;
             }
         }
-        let high = self.high_after(i);
+        let high = self.kept(i, self.known.high, false);
+        let low = self.kept(i, self.known.low, true);
         let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
         for r in info.used_registers() {
             let writes =
@@ -273,48 +314,44 @@ impl Translator<'_> {
             {
                 self.known.unchanged &= !(1 << g);
                 self.known.high &= !(1 << g);
+                self.known.low &= !(1 << g);
             }
         }
         self.known.high |= high;
+        self.known.low |= low;
     }
 
-    /// Registers that an instruction writes and that are checked nevertheless: those that move by a constant, and copies.
-    fn high_after(&self, i: &Instruction) -> u16 {
-        let high = self.known.high;
-        let has = |g: usize| high >> g & 1 != 0;
+    /// Registers that an instruction writes and that are checked nevertheless, of a set: those that move by a constant, which
+    /// must be `small` in the low window, and copies.
+    fn kept(&self, i: &Instruction, set: u16, small: bool) -> u16 {
+        let has = |g: usize| set >> g & 1 != 0;
         let named =
             |n: u32| (i.op_kind(n) == OpKind::Register).then(|| gpr_of(i.op_register(n))).flatten().map(|r| r.0);
-        let immediate = |n: u32| {
-            matches!(i.op_kind(n), OpKind::Immediate8to64 | OpKind::Immediate32to64).then(|| i.immediate(n) as i64)
-        };
-        let bit = |g: usize| 1u16 << g;
+        let if_kept = |g: Option<usize>| g.filter(|&g| has(g)).map_or(0, |g| 1u16 << g);
         match i.code() {
-            Code::Add_rm64_imm8
-            | Code::Add_rm64_imm32
-            | Code::Sub_rm64_imm8
-            | Code::Sub_rm64_imm32
-            | Code::Add_RAX_imm32
-            | Code::Sub_RAX_imm32
-            | Code::Inc_rm64
-            | Code::Dec_rm64 => named(0).filter(|&g| has(g)).map_or(0, bit),
-            // Rounds down, by less than a block's constants may move it.
-            Code::And_rm64_imm8 => named(0).filter(|&g| has(g) && immediate(1).is_some_and(|v| v < 0)).map_or(0, bit),
+            Code::Add_rm64_imm8 | Code::Sub_rm64_imm8 | Code::Inc_rm64 | Code::Dec_rm64 => if_kept(named(0)),
+            Code::Add_rm64_imm32 | Code::Sub_rm64_imm32 | Code::Add_RAX_imm32 | Code::Sub_RAX_imm32 if !small => {
+                if_kept(named(0))
+            }
+            // Rounds down, by less than that.
+            Code::And_rm64_imm8 if (i.immediate(1) as i64) < 0 => if_kept(named(0)),
             Code::Lea_r64_m => {
-                let plain = i.memory_index() == iced_x86::Register::None && !i.is_ip_rel_memory_operand();
-                let base = gpr_of(i.memory_base()).filter(|_| plain && i.memory_base().is_gpr64());
-                match (named(0), base) {
-                    (Some(d), Some((b, _))) if has(b) => bit(d),
+                let plain = i.memory_index() == Register::None
+                    && i.memory_base().is_gpr64()
+                    && (!small || i8::try_from(i.memory_displacement64() as i64).is_ok());
+                match (named(0), gpr_of(i.memory_base())) {
+                    (Some(d), Some((b, _))) if plain && has(b) => 1 << d,
                     _ => 0,
                 }
             }
             Code::Mov_r64_rm64 | Code::Mov_rm64_r64 => match (named(0), named(1)) {
-                (Some(d), Some(s)) if has(s) => bit(d),
+                (Some(d), Some(s)) if has(s) => 1 << d,
                 _ => 0,
             },
             _ => match i.mnemonic() {
-                Mnemonic::Push if has(4) => bit(4),
-                Mnemonic::Pop if has(4) && named(0) != Some(4) => bit(4),
-                Mnemonic::Leave if has(5) => bit(4),
+                Mnemonic::Push => if_kept(Some(4)),
+                Mnemonic::Pop if named(0) != Some(4) => if_kept(Some(4)),
+                Mnemonic::Leave if has(5) => 1 << 4,
                 _ => 0,
             },
         }
