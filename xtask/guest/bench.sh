@@ -1,7 +1,7 @@
 # Runs the benchmark's programs in the guest. What to run comes on the kernel's command line:
 # bench.groups=kernels,os,programs bench.only=PART,PART bench.quick=1. The lines that start with "bench-" are for
 # xtask/src/compute_set.rs, as are the rows between them.
-groups=kernels,os options=
+groups=kernels,os,programs options=
 for word in $(cat /proc/cmdline); do
     case $word in
         bench.groups=*) groups=${word#*=} ;;

@@ -8,6 +8,7 @@
 /// File type and permission bits of an entry, as in `st_mode`.
 const S_IFDIR: u32 = 0o040_000;
 const S_IFREG: u32 = 0o100_000;
+const S_IFLNK: u32 = 0o120_000;
 const S_IFCHR: u32 = 0o020_000;
 
 /// An archive under construction; owners, times and inode numbers are fixed, so equal contents give equal bytes.
@@ -26,6 +27,11 @@ impl Archive {
     /// Adds a file with the given permission bits.
     pub(crate) fn file(&mut self, name: &str, permissions: u32, contents: &[u8]) {
         self.entry(name, S_IFREG | permissions, (0, 0), contents);
+    }
+
+    /// Adds a symbolic link.
+    pub(crate) fn link(&mut self, name: &str, target: &str) {
+        self.entry(name, S_IFLNK | 0o777, (0, 0), target.as_bytes());
     }
 
     /// Adds a character device node.
@@ -88,6 +94,7 @@ mod tests {
         archive.folder("dev");
         archive.device("dev/console", 0o600, 5, 1);
         archive.file("init", 0o755, b"#!/bin/sh\n");
+        archive.link("bin/sh", "busybox");
         let bytes = archive.finish();
         assert_eq!(bytes.len() % 512, 0);
         let (name, mode, _, data, next) = entry(&bytes, 0);
@@ -96,6 +103,8 @@ mod tests {
         assert_eq!((name.as_str(), mode, device), ("dev/console", 0o020_600, (5, 1)));
         let (name, mode, _, data, next) = entry(&bytes, next);
         assert_eq!((name.as_str(), mode, data.as_slice()), ("init", 0o100_755, b"#!/bin/sh\n".as_slice()));
+        let (name, mode, _, data, next) = entry(&bytes, next);
+        assert_eq!((name.as_str(), mode, data.as_slice()), ("bin/sh", 0o120_777, b"busybox".as_slice()));
         assert_eq!(entry(&bytes, next).0, "TRAILER!!!");
     }
 }

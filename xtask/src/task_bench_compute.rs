@@ -72,6 +72,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     // Groups in which nothing is wanted need not start.
     let groups: Vec<_> = Group::ALL.into_iter().filter(|g| results.rows.iter().any(|row| row.group == *g)).collect();
     let bench = Bench { groups, ..bench };
+    // Before the rounds, so that the load is what others cause.
+    let machine = describe_host();
     for round in 1..=args.runs {
         for side in &bench.sides {
             let start = Instant::now();
@@ -95,7 +97,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             "memory": MEMORY,
             "no_tcg": bench.no_tcg,
         });
-        let text = format!("{:#}\n", compute_table::json(&results, describe_host(), run));
+        let text = format!("{:#}\n", compute_table::json(&results, machine, run));
         fs::write(file, text).doing(format!("cannot write {}", file.display()))?;
     }
     Ok(if results.complaints.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -154,6 +156,9 @@ impl<'a> Bench<'a> {
         for group in &self.groups {
             let mut command = Command::new(&self.program);
             command.arg(group.name());
+            if *group == Group::Programs {
+                command.arg("--root").arg(compute_root::root());
+            }
             if !self.args.only.is_empty() {
                 command.arg("--only").arg(self.args.only.join(","));
             }
@@ -247,6 +252,6 @@ fn describe_host() -> Value {
         "rustc": first_line(Command::new("rustc").arg("--version")),
         "qemu": first_line(Command::new("qemu-system-x86_64").arg("--version")),
         "commit": first_line(Command::new("git").args(["rev-parse", "HEAD"]).current_dir(host::repo())),
-        "load_before": read(Path::new("/proc/loadavg")),
+        "loadavg": read(Path::new("/proc/loadavg")),
     })
 }

@@ -1,10 +1,11 @@
 //! The programs of `cargo xtask bench compute`: one static binary that runs unchanged on the host and in guests.
 //!
-//! `kernels` and `os` do the work of this binary itself, `run` times another program. Every result is a line of
+//! `kernels` and `os` do the work of this binary itself, `programs` runs Debian's, and `run` times any command. Every result is a line of
 //! name, nanoseconds and checksum; whoever compares sides wants equal checksums first.
 
 mod kernels;
 mod os;
+mod programs;
 mod report;
 mod sys;
 
@@ -32,6 +33,28 @@ enum Work {
         #[arg(long, default_value = "/dev/shm")]
         folder: PathBuf,
     },
+    /// Programs unpacked from Debian packages: nanoseconds per run
+    Programs {
+        #[command(flatten)]
+        choice: report::Choice,
+        /// The folder they are unpacked in
+        #[arg(long)]
+        root: PathBuf,
+        /// Where inputs and outputs are kept meanwhile; a tmpfs
+        #[arg(long, default_value = "/dev/shm")]
+        folder: PathBuf,
+    },
+    /// Any command: nanoseconds per run, with the checksum of its output
+    Run {
+        /// The name of the row
+        name: String,
+        /// Where the output is kept meanwhile; a tmpfs
+        #[arg(long, default_value = "/dev/shm")]
+        folder: PathBuf,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// Print the names of all rows with their group
     List,
     /// Print the clock's nanoseconds since boot
@@ -44,9 +67,12 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().work {
         Work::Kernels(choice) => sys::pin().and_then(|()| kernels::run(&choice)),
         Work::Os { choice, folder } => sys::pin().and_then(|()| os::run(&choice, &folder)),
+        Work::Programs { choice, root, folder } => sys::pin().and_then(|()| programs::run(&choice, &root, &folder)),
+        Work::Run { name, folder, command } => sys::pin().and_then(|()| programs::run_one(&name, &command, &folder)),
         Work::List => {
             kernels::names().for_each(|name| println!("kernels\t{name}"));
             os::names().for_each(|name| println!("os\t{name}"));
+            programs::names().for_each(|name| println!("programs\t{name}"));
             Ok(())
         }
         Work::Clock => {
