@@ -19,9 +19,12 @@ impl H {
     pub(crate) const RBP: H = H(5);
     pub(crate) const RSI: H = H(6);
     pub(crate) const RDI: H = H(7);
-    pub(crate) const R13: H = H(13);
-    pub(crate) const R14: H = H(14);
-    pub(crate) const R15: H = H(15);
+    /// Home of the guest's RCX.
+    pub(crate) const GUEST_RCX: H = H(9);
+    /// Home of the guest's RSP.
+    pub(crate) const GUEST_RSP: H = H(10);
+    /// The second scratch register.
+    pub(crate) const R11: H = H(11);
 
     fn low(self) -> u8 {
         self.0 & 7

@@ -154,19 +154,19 @@ pub(crate) struct PollPage(pub(crate) [u8; 4096]);
 #[derive(Clone, Copy)]
 #[repr(usize)]
 pub(crate) enum Thunk {
-    /// Leave translated code; R15 holds the exit code.
+    /// Leave translated code; R11 holds the exit code.
     Exit,
-    /// An access that missed the soft TLB; RCX = address, R15D = site.
+    /// An access that missed the soft TLB; RCX = address, R11D = site.
     Mem,
-    /// An access in a mode with segmentation; RCX = offset, R15D = site.
+    /// An access in a mode with segmentation; RCX = offset, R11D = site.
     SegMem,
-    /// The operand in the bounce buffer was written; R15D = site.
+    /// The operand in the bounce buffer was written; R11D = site.
     Commit,
-    /// Emulate one instruction; R15D = callout number.
+    /// Emulate one instruction; R11D = callout number.
     Emulate,
     /// Look up the block at `cpu.rip`.
     Lookup,
-    /// Take, and link if possible, a direct exit; R15D = exit number.
+    /// Take, and link if possible, a direct exit; R11D = exit number.
     Chain,
     /// Load the guest's x87/SIMD state into the host's registers.
     LoadFpu,

@@ -1,7 +1,7 @@
 //! The only doors between Rust code and translated code, both ways.
 //!
 //! Register convention inside translated code (see [`crate::regs`]): the stack pointer is the host's, aligned to 16;
-//! RCX and R15 are scratch; R13 holds the guest's RCX, R14 the guest's RSP; the guest's R13-R15 live in memory. Flags in
+//! RCX and R11 are scratch; R9 holds the guest's RCX, R10 the guest's RSP; the guest's R9-R11 live in memory. Flags in
 //! [`paravane_cpu::state::rflags::NATIVE`] are the guest's, and the same bits of `cpu.rflags` are zero meanwhile.
 //!
 //! While a window is in use, FS points at it in translated code; thunks that enter Rust put Rust's own FS base back.
@@ -28,23 +28,23 @@ const TMP: usize = offset_of!(BtState, tmp);
 const WINDOW_FS: usize = offset_of!(BtState, window_fs);
 const HOST_FS: usize = offset_of!(BtState, host_fs);
 
-/// Guest registers and flags to memory, then SIMD state when live. Clobbers RAX, RDX; leaves RCX and R15.
+/// Guest registers and flags to memory, then SIMD state when live. Clobbers RAX, RDX; leaves RCX and R11.
 macro_rules! save {
     () => {
         concat!(
             "mov gs:[{gpr}+0*8], rax\n",
-            "mov gs:[{gpr}+1*8], r13\n",
+            "mov gs:[{gpr}+1*8], r9\n",
             "mov gs:[{gpr}+2*8], rdx\n",
             "mov gs:[{gpr}+3*8], rbx\n",
-            "mov gs:[{gpr}+4*8], r14\n",
+            "mov gs:[{gpr}+4*8], r10\n",
             "mov gs:[{gpr}+5*8], rbp\n",
             "mov gs:[{gpr}+6*8], rsi\n",
             "mov gs:[{gpr}+7*8], rdi\n",
             "mov gs:[{gpr}+8*8], r8\n",
-            "mov gs:[{gpr}+9*8], r9\n",
-            "mov gs:[{gpr}+10*8], r10\n",
-            "mov gs:[{gpr}+11*8], r11\n",
             "mov gs:[{gpr}+12*8], r12\n",
+            "mov gs:[{gpr}+13*8], r13\n",
+            "mov gs:[{gpr}+14*8], r14\n",
+            "mov gs:[{gpr}+15*8], r15\n",
             "pushfq\n",
             "pop rax\n",
             "cld\n",
@@ -67,7 +67,7 @@ macro_rules! save {
     };
 }
 
-/// Guest registers and flags from memory. Leaves RCX and R15.
+/// Guest registers and flags from memory. Leaves RCX and R11.
 macro_rules! restore {
     () => {
         concat!(
@@ -85,18 +85,18 @@ macro_rules! restore {
             "push rdx\n",
             "popfq\n",
             "mov rax, gs:[{gpr}+0*8]\n",
-            "mov r13, gs:[{gpr}+1*8]\n",
+            "mov r9, gs:[{gpr}+1*8]\n",
             "mov rdx, gs:[{gpr}+2*8]\n",
             "mov rbx, gs:[{gpr}+3*8]\n",
-            "mov r14, gs:[{gpr}+4*8]\n",
+            "mov r10, gs:[{gpr}+4*8]\n",
             "mov rbp, gs:[{gpr}+5*8]\n",
             "mov rsi, gs:[{gpr}+6*8]\n",
             "mov rdi, gs:[{gpr}+7*8]\n",
             "mov r8, gs:[{gpr}+8*8]\n",
-            "mov r9, gs:[{gpr}+9*8]\n",
-            "mov r10, gs:[{gpr}+10*8]\n",
-            "mov r11, gs:[{gpr}+11*8]\n",
             "mov r12, gs:[{gpr}+12*8]\n",
+            "mov r13, gs:[{gpr}+13*8]\n",
+            "mov r14, gs:[{gpr}+14*8]\n",
+            "mov r15, gs:[{gpr}+15*8]\n",
         )
     };
 }
@@ -126,7 +126,7 @@ macro_rules! back {
             "test edx, 4\n",
             "jnz 7f\n",
             "mov rcx, rax\n",
-            "mov r15d, edx\n",
+            "mov r11d, edx\n",
             "test edx, 1\n",
             "jz 8f\n",
             "mov eax, gs:[{xlo}]\n",
@@ -134,7 +134,7 @@ macro_rules! back {
             "xrstor64 gs:[{xsave}]\n",
             "mov dword ptr gs:[{fpu}], 1\n",
             "8:\n",
-            "test r15d, 2\n",
+            "test r11d, 2\n",
             "jnz 6f\n",
             restore!(),
             "ret\n",
@@ -192,10 +192,10 @@ pub(crate) unsafe extern "sysv64" fn enter(target: u64) -> u64 {
     )
 }
 
-/// [`crate::state::Thunk::Exit`]: R15 = exit code.
+/// [`crate::state::Thunk::Exit`]: R11 = exit code.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn exit() {
-    operands!(save!(), "mov rax, r15", leave!();)
+    operands!(save!(), "mov rax, r11", leave!();)
 }
 
 /// Where a signal handler sends a vCPU thread whose translated code faulted; registers are the guest's.
@@ -204,14 +204,14 @@ pub(crate) unsafe extern "sysv64" fn fault() {
     operands!("mov rsp, gs:[{host_rsp}]", save!(), "mov eax, {code}", leave!(); code = const crate::dispatch::EXIT_FAULT,)
 }
 
-/// [`crate::state::Thunk::Mem`], called: RCX = linear address, R15D = site.
+/// [`crate::state::Thunk::Mem`], called: RCX = linear address, R11D = site.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn mem() {
     operands!(
         save!(),
         "mov rdi, gs:[{engine}]",
         "mov rsi, rcx",
-        "mov edx, r15d",
+        "mov edx, r11d",
         "sub rsp, 8",
         "call {f}",
         "add rsp, 8",
@@ -221,14 +221,14 @@ pub(crate) unsafe extern "sysv64" fn mem() {
     )
 }
 
-/// [`crate::state::Thunk::SegMem`], called: RCX = offset, R15D = site.
+/// [`crate::state::Thunk::SegMem`], called: RCX = offset, R11D = site.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn seg_mem() {
     operands!(
         save!(),
         "mov rdi, gs:[{engine}]",
         "mov rsi, rcx",
-        "mov edx, r15d",
+        "mov edx, r11d",
         "sub rsp, 8",
         "call {f}",
         "add rsp, 8",
@@ -238,13 +238,13 @@ pub(crate) unsafe extern "sysv64" fn seg_mem() {
     )
 }
 
-/// [`crate::state::Thunk::Commit`], called: R15D = site.
+/// [`crate::state::Thunk::Commit`], called: R11D = site.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn commit() {
     operands!(
         save!(),
         "mov rdi, gs:[{engine}]",
-        "mov esi, r15d",
+        "mov esi, r11d",
         "sub rsp, 8",
         "call {f}",
         "add rsp, 8",
@@ -254,13 +254,13 @@ pub(crate) unsafe extern "sysv64" fn commit() {
     )
 }
 
-/// [`crate::state::Thunk::Emulate`], called: R15D = callout.
+/// [`crate::state::Thunk::Emulate`], called: R11D = callout.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn emulate() {
     operands!(
         save!(),
         "mov rdi, gs:[{engine}]",
-        "mov esi, r15d",
+        "mov esi, r11d",
         "sub rsp, 8",
         "call {f}",
         "add rsp, 8",
@@ -270,13 +270,13 @@ pub(crate) unsafe extern "sysv64" fn emulate() {
     )
 }
 
-/// [`crate::state::Thunk::Lookup`], jumped to: the target is in `cpu.rip`, R15D = callout of the branch.
+/// [`crate::state::Thunk::Lookup`], jumped to: the target is in `cpu.rip`, R11D = callout of the branch.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn lookup() {
     operands!(
         save!(),
         "mov rdi, gs:[{engine}]",
-        "mov esi, r15d",
+        "mov esi, r11d",
         "call {f}",
         back!();
         engine = const ENGINE,
@@ -284,13 +284,13 @@ pub(crate) unsafe extern "sysv64" fn lookup() {
     )
 }
 
-/// [`crate::state::Thunk::Chain`], jumped to: R15D = exit.
+/// [`crate::state::Thunk::Chain`], jumped to: R11D = exit.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn chain() {
     operands!(
         save!(),
         "mov rdi, gs:[{engine}]",
-        "mov esi, r15d",
+        "mov esi, r11d",
         "call {f}",
         back!();
         engine = const ENGINE,

@@ -20,7 +20,7 @@ impl Translator<'_> {
     /// Reads the page that is protected when the vCPU must come out.
     fn poll(&mut self, kind: FaultKind) {
         let at = self.asm.pos();
-        self.asm.load32(H::R15, M::gs(off::POLL));
+        self.asm.load32(H::R11, M::gs(off::POLL));
         self.fault_site(at, kind);
     }
 
@@ -110,14 +110,14 @@ impl Translator<'_> {
         let a = &mut self.asm;
         let hit = a.label();
         a.store(M::gs(off::TMP), H::RDX);
-        a.pext(H::R15, H::RCX, M::gs(off::JC_MASK));
-        a.load(H::RDX, M::gs_index(H::R15, 3, off::jc_tags(view)));
+        a.pext(H::R11, H::RCX, M::gs(off::JC_MASK));
+        a.load(H::RDX, M::gs_index(H::R11, 3, off::jc_tags(view)));
         a.lea(H::RCX, M::base_index(H::RDX, H::RCX));
         a.load(H::RDX, M::gs(off::TMP));
         a.jrcxz(hit);
         a.jmp(miss);
         a.bind(hit);
-        a.jmp_mem(M::gs_index(H::R15, 3, off::jc_hosts(view)));
+        a.jmp_mem(M::gs_index(H::R11, 3, off::jc_hosts(view)));
     }
 
     /// Leaves for `next` by way of Rust when an interrupt waits for IF.
@@ -128,7 +128,7 @@ impl Translator<'_> {
         a.jrcxz(clear);
         a.mov_imm(H::RCX, next);
         a.store(M::gs(off::RIP), H::RCX);
-        a.mov_imm(H::R15, crate::dispatch::EXIT_RESYNC);
+        a.mov_imm(H::R11, crate::dispatch::EXIT_RESYNC);
         a.jmp_mem(M::gs(Thunk::Exit.offset()));
         a.bind(clear);
     }
@@ -195,21 +195,21 @@ impl Translator<'_> {
         let a = &mut self.asm;
         if is_loop {
             match bits {
-                64 => a.lea(H::R13, M::base(H::R13, -1)),
-                32 => a.lea32(H::R13, M::base(H::R13, -1)),
+                64 => a.lea(H::GUEST_RCX, M::base(H::GUEST_RCX, -1)),
+                32 => a.lea32(H::GUEST_RCX, M::base(H::GUEST_RCX, -1)),
                 _ => {
                     // Only CX counts; the rest of the register stays.
-                    a.lea32(H::RCX, M::base(H::R13, -1));
-                    a.store(M::gs(off::TMP), H::R13);
+                    a.lea32(H::RCX, M::base(H::GUEST_RCX, -1));
+                    a.store(M::gs(off::TMP), H::GUEST_RCX);
                     a.store16(M::gs(off::TMP), H::RCX);
-                    a.load(H::R13, M::gs(off::TMP));
+                    a.load(H::GUEST_RCX, M::gs(off::TMP));
                 }
             }
         }
         match bits {
-            64 => a.mov(H::RCX, H::R13),
-            32 => a.mov32(H::RCX, H::R13),
-            _ => a.movzx16(H::RCX, H::R13),
+            64 => a.mov(H::RCX, H::GUEST_RCX),
+            32 => a.mov32(H::RCX, H::GUEST_RCX),
+            _ => a.movzx16(H::RCX, H::GUEST_RCX),
         }
         let zero = a.label();
         let other = a.label();
@@ -239,9 +239,9 @@ impl Translator<'_> {
     /// Moves the guest's stack pointer.
     fn adjust_rsp(&mut self, by: i32) {
         if self.mode.is64() {
-            self.asm.lea(H::R14, M::base(H::R14, by));
+            self.asm.lea(H::GUEST_RSP, M::base(H::GUEST_RSP, by));
         } else {
-            self.asm.lea32(H::R14, M::base(H::R14, by));
+            self.asm.lea32(H::GUEST_RSP, M::base(H::GUEST_RSP, by));
         }
     }
 
@@ -320,9 +320,9 @@ impl Translator<'_> {
         let ea = Ea { base: Some(5), ..Ea::stack(0, self.mode) };
         self.load_from(ea, size, Dest::Gs(off::TMP + 16), flags_live);
         if self.mode.is64() {
-            self.asm.lea(H::R14, M::base(H::RBP, i32::from(size)));
+            self.asm.lea(H::GUEST_RSP, M::base(H::RBP, i32::from(size)));
         } else {
-            self.asm.lea32(H::R14, M::base(H::RBP, i32::from(size)));
+            self.asm.lea32(H::GUEST_RSP, M::base(H::RBP, i32::from(size)));
         }
         self.asm.load(H::RBP, M::gs(off::TMP + 16));
     }
@@ -466,8 +466,8 @@ impl Translator<'_> {
 fn lookup_constant(a: &mut Asm, target: u64, view: usize, miss: Label) {
     let slot = (target as usize & (JC_ENTRIES - 1)) as i32 * 8;
     let hit = a.label();
-    a.load(H::R15, M::gs(off::jc_tags(view) + slot));
-    a.lea(H::RCX, M::base_index(H::R15, H::RCX));
+    a.load(H::R11, M::gs(off::jc_tags(view) + slot));
+    a.lea(H::RCX, M::base_index(H::R11, H::RCX));
     a.jrcxz(hit);
     a.jmp(miss);
     a.bind(hit);
@@ -482,6 +482,6 @@ pub(crate) fn jump_cache_stub(a: &mut Asm, target: u64, view: usize) {
     let miss = a.label();
     lookup_constant(a, target, view, miss);
     a.bind(miss);
-    a.mov_imm(H::R15, u64::from(NO_CALLOUT));
+    a.mov_imm(H::R11, u64::from(NO_CALLOUT));
     a.jmp_mem(M::gs(Thunk::Lookup.offset()));
 }

@@ -18,7 +18,7 @@ struct Temp {
 }
 
 /// Registers that may be borrowed for a moment, and guest registers they hold otherwise.
-const LENDERS: [H; 8] = [H::RBX, H::RSI, H::RDI, H::RBP, H(8), H(9), H(10), H(11)];
+const LENDERS: [H; 8] = [H::RBX, H::RSI, H::RDI, H::RBP, H(8), H(12), H(13), H(14)];
 
 impl Translator<'_> {
     /// Translates an instruction of class Copy.
@@ -91,7 +91,7 @@ impl Translator<'_> {
         used |= implicit_hosts(i);
         real_rcx |= high && names_rcx;
         // RSP's home needs REX, which a high-byte register forbids: MOVZX, MOVSX and CRC32 borrow a register then.
-        let rsp_named = high && loc.is_none() && used & (1 << H::R14.0) != 0;
+        let rsp_named = high && loc.is_none() && used & (1 << H::GUEST_RSP.0) != 0;
         let rsp_host =
             if rsp_named { [H::RBX, H::RDX, H::RAX].into_iter().find(|h| used & (1 << h.0) == 0) } else { None };
         let (mut rcx_read, mut rcx_write) = implicit;
@@ -121,7 +121,7 @@ impl Translator<'_> {
         }
 
         // Decide where the memory operand is and which scratch registers are left.
-        let mut free = [Some(H::R15), Some(H::RCX)];
+        let mut free = [Some(H::R11), Some(H::RCX)];
         let mut mem = M::base(H::RCX, 0);
         let mut rcx_host = H::RCX;
         let mut borrowed = None;
@@ -143,21 +143,21 @@ impl Translator<'_> {
                     rcx_host = h;
                 }
             }
-            Some(Loc::Indexed) if count == 0 && !real_rcx => mem = M::base_index(H::R15, H::RCX),
+            Some(Loc::Indexed) if count == 0 && !real_rcx => mem = M::base_index(H::R11, H::RCX),
             Some(Loc::Indexed) => {
-                self.asm.lea(H::R15, M::base_index(H::R15, H::RCX));
-                mem = M::base(H::R15, 0);
+                self.asm.lea(H::R11, M::base_index(H::R11, H::RCX));
+                mem = M::base(H::R11, 0);
                 free[0] = None;
             }
             Some(Loc::Rcx) if real_rcx => {
-                self.asm.mov(H::R15, H::RCX);
-                mem = M::base(H::R15, 0);
+                self.asm.mov(H::R11, H::RCX);
+                mem = M::base(H::R11, 0);
                 free[0] = None;
             }
             Some(Loc::Rcx) => free[1] = None,
             Some(Loc::At(m)) if real_rcx && m.names(H::RCX) => {
-                self.asm.lea(H::R15, M { seg: Base::Host, ..m });
-                mem = M { seg: m.seg, ..M::base(H::R15, 0) };
+                self.asm.lea(H::R11, M { seg: Base::Host, ..m });
+                mem = M { seg: m.seg, ..M::base(H::R11, 0) };
                 free[0] = None;
             }
             Some(Loc::At(m)) => {
@@ -169,7 +169,7 @@ impl Translator<'_> {
         }
         if let Some(h) = rsp_host {
             self.asm.store(M::gs(off::TMP + 8), h);
-            self.asm.mov(h, H::R14);
+            self.asm.mov(h, H::GUEST_RSP);
             borrowed = Some(h);
         }
         if real_rcx {
@@ -177,10 +177,10 @@ impl Translator<'_> {
                 free[1] = None;
             }
             if rcx_read {
-                self.asm.mov(rcx_host, H::R13);
+                self.asm.mov(rcx_host, H::GUEST_RCX);
             }
         }
-        let mut place = [H::R15; 4];
+        let mut place = [H::R11; 4];
         for k in 0..count {
             place[k] = match free.iter_mut().find_map(Option::take) {
                 Some(h) => h,
@@ -205,7 +205,7 @@ impl Translator<'_> {
                     let Some((g, w)) = gpr_of(i.op_register(n)) else { continue };
                     let host = match home(g) {
                         _ if g == 1 && real_rcx => rcx_host,
-                        Home::Host(H::R14) if rsp_host.is_some() => rsp_host.unwrap_or(H::R14),
+                        Home::Host(H::GUEST_RSP) if rsp_host.is_some() => rsp_host.unwrap_or(H::GUEST_RSP),
                         Home::Host(h) => h,
                         Home::Spilled(_) => {
                             let k = temps[..count].iter().position(|t| t.guest == g).unwrap_or(0);
@@ -241,11 +241,11 @@ impl Translator<'_> {
         }
         if let Some(h) = rsp_host {
             match i.op0_register().size() {
-                2 => self.asm.mov16(H::R14, h),
-                _ => self.asm.mov32(H::R14, h),
+                2 => self.asm.mov16(H::GUEST_RSP, h),
+                _ => self.asm.mov32(H::GUEST_RSP, h),
             }
         } else if real_rcx && rcx_write {
-            self.asm.mov(H::R13, rcx_host);
+            self.asm.mov(H::GUEST_RCX, rcx_host);
         }
         if let Some(h) = borrowed {
             self.asm.load(h, M::gs(off::TMP + 8));
@@ -267,10 +267,10 @@ impl Translator<'_> {
     pub(crate) fn emit_bit_op(&mut self, i: &Instruction, loc: Loc) {
         let Some((g, w)) = gpr_of(i.op1_register()) else { return };
         let m = loc.operand();
-        if !m.names(H::R15) || m.index.is_some() {
-            self.asm.lea(H::R15, M { seg: Base::Host, ..m });
+        if !m.names(H::R11) || m.index.is_some() {
+            self.asm.lea(H::R11, M { seg: Base::Host, ..m });
         }
-        let m = M { seg: m.seg, ..M::base(H::R15, if m.names(H::R15) && m.index.is_none() { m.disp } else { 0 }) };
+        let m = M { seg: m.seg, ..M::base(H::R11, if m.names(H::R11) && m.index.is_none() { m.disp } else { 0 }) };
         let src = match home(g) {
             Home::Host(h) => h,
             Home::Spilled(n) => {
@@ -286,7 +286,7 @@ impl Translator<'_> {
         self.asm.pext(H::RCX, src, M::gs(mask));
         let mut out = *i;
         out.set_op1_register(host_name(H::RCX, w));
-        out.set_memory_base(Register::R15);
+        out.set_memory_base(Register::R11);
         out.set_memory_index(Register::None);
         set_displacement(&mut out, m);
         out.set_segment_prefix(m.seg.register());

@@ -1,7 +1,7 @@
 //! The memory policy: how a guest operand reaches host memory.
 //!
 //! This is the soft-TLB policy. An access computes the guest's effective address in RCX, looks the page up inline, and
-//! leaves the operand at `[r15 + rcx]`. A miss goes to a stub behind the block, which calls Rust: that either fills the TLB
+//! leaves the operand at `[r11 + rcx]`. A miss goes to a stub behind the block, which calls Rust: that either fills the TLB
 //! (and the access starts over) or hands out the bounce buffer, on which a second copy of the instruction runs.
 //!
 //! The lookup comes in two forms: one that clobbers the flags, for places where they are dead, and one that uses PEXT,
@@ -98,9 +98,9 @@ impl Ea {
 /// Where an operand can be reached.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Loc {
-    /// `[r15 + rcx]`, both scratch registers taken.
+    /// `[r11 + rcx]`, both scratch registers taken.
     Indexed,
-    /// `[rcx]`, R15 free.
+    /// `[rcx]`, R11 free.
     Rcx,
     /// At an operand in a window: scratch registers are free that it does not name.
     At(M),
@@ -110,7 +110,7 @@ impl Loc {
     /// The operand.
     pub(crate) fn operand(self) -> M {
         match self {
-            Self::Indexed => M::base_index(H::R15, H::RCX),
+            Self::Indexed => M::base_index(H::R11, H::RCX),
             Self::Rcx => M::base(H::RCX, 0),
             Self::At(m) => m,
         }
@@ -176,7 +176,7 @@ pub(crate) struct Slow {
 }
 
 impl Translator<'_> {
-    /// Computes the effective address (plus the segment base) in RCX. May use R15. Leaves flags alone.
+    /// Computes the effective address (plus the segment base) in RCX. May use R11. Leaves flags alone.
     pub(crate) fn emit_ea(&mut self, ea: &Ea, with_base: bool) {
         let disp = ea.disp as i32;
         let a = &mut self.asm;
@@ -211,8 +211,8 @@ impl Translator<'_> {
             }
             (Some(Home::Spilled(b)), Some((Home::Spilled(x), s))) => {
                 a.load(H::RCX, M::gs(off::gpr(x)));
-                a.load(H::R15, M::gs(off::gpr(b)));
-                a.lea(H::RCX, M { base: Some(H::R15), index: Some((H::RCX, s)), disp, seg: Base::Host });
+                a.load(H::R11, M::gs(off::gpr(b)));
+                a.lea(H::RCX, M { base: Some(H::R11), index: Some((H::RCX, s)), disp, seg: Base::Host });
             }
             (None, Some((Home::Host(x), s))) => {
                 a.lea(H::RCX, M { base: None, index: Some((x, s)), disp, seg: Base::Host });
@@ -228,8 +228,8 @@ impl Translator<'_> {
             _ => {}
         }
         if with_base && ea.seg >= 4 {
-            a.load(H::R15, M::gs(off::seg_base(usize::from(ea.seg))));
-            a.lea(H::RCX, M::base_index(H::R15, H::RCX));
+            a.load(H::R11, M::gs(off::seg_base(usize::from(ea.seg))));
+            a.lea(H::RCX, M::base_index(H::R11, H::RCX));
             if !self.mode.is64() {
                 self.asm.mov32(H::RCX, H::RCX);
             }
@@ -257,11 +257,11 @@ impl Translator<'_> {
         if self.segmented(acc.ea.seg) {
             self.emit_ea(&acc.ea, false);
             self.emit_pending(pre, acc.ea.bits);
-            self.asm.mov_imm(H::R15, u64::from(site));
+            self.asm.mov_imm(H::R11, u64::from(site));
             self.asm.call_gs(Thunk::SegMem.offset());
             self.emit_op(&op, Loc::Rcx);
             if acc.write {
-                self.asm.mov_imm(H::R15, u64::from(site));
+                self.asm.mov_imm(H::R11, u64::from(site));
                 self.asm.call_gs(Thunk::Commit.offset());
             }
             return;
@@ -300,31 +300,31 @@ impl Translator<'_> {
         self.tables.sites.len() as u32 - 1
     }
 
-    /// RCX = linear address in; operand at `[r15 + rcx]` out, or a jump to `slow`.
+    /// RCX = linear address in; operand at `[r11 + rcx]` out, or a jump to `slow`.
     pub(super) fn emit_lookup(&mut self, size: u16, write: bool, flags_live: bool, slow: Label) {
         let view = self.mode.view();
         let tag = if write { offset_of!(TlbEntry, ntag_w) } else { offset_of!(TlbEntry, ntag_r) };
         let (tag, hva) = (off::tlb(view, tag), off::tlb(view, offset_of!(TlbEntry, hva)));
         let a = &mut self.asm;
         if !flags_live {
-            a.mov32(H::R15, H::RCX);
-            a.shr32_flags(H::R15, 7);
-            a.and32_flags(H::R15, 0x7fe0);
-            a.add_flags(H::RCX, M::gs_base(H::R15, tag));
+            a.mov32(H::R11, H::RCX);
+            a.shr32_flags(H::R11, 7);
+            a.and32_flags(H::R11, 0x7fe0);
+            a.add_flags(H::RCX, M::gs_base(H::R11, tag));
             a.cmp_imm_flags(H::RCX, 4096 - i32::from(size));
             a.jcc(cc::A, slow);
-            a.load(H::R15, M::gs_base(H::R15, hva));
+            a.load(H::R11, M::gs_base(H::R11, hva));
             return;
         }
         let hit = a.label();
-        a.pext(H::R15, H::RCX, M::gs(off::TLB_MASK));
+        a.pext(H::R11, H::RCX, M::gs(off::TLB_MASK));
         a.store(M::gs(off::TMP), H::RDX);
-        a.lea32(H::R15, M { base: None, index: Some((H::R15, 2)), disp: 0, seg: Base::Host });
-        a.load(H::RDX, M::gs_index(H::R15, 3, tag));
+        a.lea32(H::R11, M { base: None, index: Some((H::R11, 2)), disp: 0, seg: Base::Host });
+        a.load(H::RDX, M::gs_index(H::R11, 3, tag));
         a.lea(H::RDX, M::base_index(H::RDX, H::RCX));
         a.lea(H::RCX, M::base(H::RDX, i32::from(size) - 1));
         a.pext(H::RCX, H::RCX, M::gs(off::PAGE_MASK));
-        a.load(H::R15, M::gs_index(H::R15, 3, hva));
+        a.load(H::R11, M::gs_index(H::R11, 3, hva));
         a.jrcxz(hit);
         a.load(H::RDX, M::gs(off::TMP));
         a.jmp(slow);
@@ -344,12 +344,12 @@ impl Translator<'_> {
             self.tables.sites[s.site as usize].slow = self.asm.pos();
             self.emit_ea(&s.ea, true);
             self.emit_pending(s.pre, s.ea.bits);
-            self.asm.mov_imm(H::R15, u64::from(s.site));
+            self.asm.mov_imm(H::R11, u64::from(s.site));
             self.asm.call_gs(Thunk::Mem.offset());
             // It comes back here only with the bounce buffer in RCX; after a fill the access starts over in line.
             self.emit_op(&s.op, Loc::Rcx);
             if s.write {
-                self.asm.mov_imm(H::R15, u64::from(s.site));
+                self.asm.mov_imm(H::R11, u64::from(s.site));
                 self.asm.call_gs(Thunk::Commit.offset());
             }
             self.asm.jmp(s.done);
@@ -376,11 +376,11 @@ impl Translator<'_> {
                     Value::Gs(_) | Value::Imm(_) => {
                         let (m, t) = match loc {
                             Loc::Indexed => {
-                                self.asm.lea(H::R15, m);
-                                (M::base(H::R15, 0), H::RCX)
+                                self.asm.lea(H::R11, m);
+                                (M::base(H::R11, 0), H::RCX)
                             }
-                            Loc::Rcx => (m, H::R15),
-                            Loc::At(m) => (m, if m.names(H::R15) { H::RCX } else { H::R15 }),
+                            Loc::Rcx => (m, H::R11),
+                            Loc::At(m) => (m, if m.names(H::R11) { H::RCX } else { H::R11 }),
                         };
                         match *v {
                             Value::Gs(o) => self.asm.load(t, M::gs(o)),

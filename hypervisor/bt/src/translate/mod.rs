@@ -331,7 +331,7 @@ impl<'a> Translator<'a> {
     /// Emits a callout for an instruction. Rust code either comes back behind it or goes elsewhere.
     pub(crate) fn callout(&mut self, i: &Instruction, action: Action) {
         let n = self.note_callout(i, action);
-        self.asm.mov_imm(H::R15, u64::from(n));
+        self.asm.mov_imm(H::R11, u64::from(n));
         self.asm.call_gs(Thunk::Emulate.offset());
     }
 
@@ -359,29 +359,29 @@ impl<'a> Translator<'a> {
         let src = match home(usize::from(g)) {
             Home::Host(h) => h,
             Home::Spilled(n) => {
-                a.load(H::R15, M::gs(off::gpr(n)));
-                H::R15
+                a.load(H::R11, M::gs(off::gpr(n)));
+                H::R11
             }
         };
         a.store(M::gs(off::TMP), H::RCX);
         let (shift, scale) = match w {
             Width::B64 => {
-                a.mov(H::R15, src);
+                a.mov(H::R11, src);
                 (6, 3)
             }
             Width::B32 => {
-                a.movsxd(H::R15, src);
+                a.movsxd(H::R11, src);
                 (5, 2)
             }
             _ => {
-                a.movsx16(H::R15, src);
+                a.movsx16(H::R11, src);
                 (4, 1)
             }
         };
         a.mov_imm(H::RCX, shift);
-        a.sarx(H::R15, H::R15, H::RCX);
+        a.sarx(H::R11, H::R11, H::RCX);
         a.load(H::RCX, M::gs(off::TMP));
-        a.lea(H::RCX, M { base: Some(H::RCX), index: Some((H::R15, scale)), disp: 0, seg: Base::Host });
+        a.lea(H::RCX, M { base: Some(H::RCX), index: Some((H::R11, scale)), disp: 0, seg: Base::Host });
         match bits {
             32 => self.asm.mov32(H::RCX, H::RCX),
             16 => self.asm.movzx16(H::RCX, H::RCX),
@@ -392,14 +392,14 @@ impl<'a> Translator<'a> {
     fn emit_stubs(&mut self) {
         for (label, callout) in std::mem::take(&mut self.lookups) {
             self.asm.bind(label);
-            self.asm.mov_imm(H::R15, u64::from(callout));
+            self.asm.mov_imm(H::R11, u64::from(callout));
             self.asm.jmp_mem(M::gs(Thunk::Lookup.offset()));
         }
         let first = self.tables.exits.len() as u32;
         for (n, label) in std::mem::take(&mut self.stubs) {
             self.asm.bind(label);
             self.exits[n as usize].stub = self.asm.pos();
-            self.asm.mov_imm(H::R15, u64::from(first + n));
+            self.asm.mov_imm(H::R11, u64::from(first + n));
             self.asm.jmp_mem(M::gs(Thunk::Chain.offset()));
         }
     }

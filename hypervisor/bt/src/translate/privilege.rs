@@ -43,21 +43,21 @@ impl Translator<'_> {
         self.asm.jcc(cc::NE, slow);
     }
 
-    /// Stores a flat segment whose second word is in `from`. Clobbers R15.
+    /// Stores a flat segment whose second word is in `from`. Clobbers R11.
     fn load_segment(&mut self, seg: usize, from: M) {
-        self.asm.load(H::R15, from);
-        self.asm.store(M::gs(off::seg_word(seg)), H::R15);
+        self.asm.load(H::R11, from);
+        self.asm.store(M::gs(off::seg_word(seg)), H::R11);
         self.asm.store_simm32(M::gs(off::seg_base(seg)), 0);
     }
 
-    /// Makes the flags in RCX current: the native ones in the host, the rest in the state. Clobbers R15.
+    /// Makes the flags in RCX current: the native ones in the host, the rest in the state. Clobbers R11.
     fn load_flags(&mut self) {
         let a = &mut self.asm;
         let native = rflags::NATIVE as i32;
-        a.mov32(H::R15, H::RCX);
-        a.and32_flags(H::R15, !native);
-        a.or32_flags(H::R15, rflags::FIXED as i32);
-        a.store(M::gs(off::RFLAGS), H::R15);
+        a.mov32(H::R11, H::RCX);
+        a.and32_flags(H::R11, !native);
+        a.or32_flags(H::R11, rflags::FIXED as i32);
+        a.store(M::gs(off::RFLAGS), H::R11);
         a.and32_flags(H::RCX, native);
         a.or32_flags(H::RCX, 0x202);
         a.push(H::RCX);
@@ -77,19 +77,20 @@ impl Translator<'_> {
         a.pushfq();
         a.pop(H::RCX);
         a.and32_flags(H::RCX, rflags::NATIVE as i32);
-        a.load(H::R15, M::gs(off::RFLAGS));
-        a.lea(H::RCX, M::base_index(H::RCX, H::R15));
+        a.load(H::R11, M::gs(off::RFLAGS));
+        a.lea(H::RCX, M::base_index(H::RCX, H::R11));
         a.store(M::gs(off::TMP + 16), H::RCX);
         self.require_cache(to, slow);
         let a = &mut self.asm;
-        a.load(H::R15, M::gs(off::SFMASK));
-        a.not(H::R15);
-        a.and_mem_flags(H::R15, M::gs(off::TMP + 16));
-        a.store(M::gs(off::TMP + 24), H::R15);
-        a.and32_flags(H::R15, SPECIAL as i32);
+        a.load(H::R11, M::gs(off::SFMASK));
+        a.not(H::R11);
+        a.and_mem_flags(H::R11, M::gs(off::TMP + 16));
+        a.store(M::gs(off::TMP + 24), H::R11);
+        a.and32_flags(H::R11, SPECIAL as i32);
         a.jcc(cc::NE, slow);
-        a.load(H(11), M::gs(off::TMP + 16));
-        a.mov_imm(H::R13, self.cur_next);
+        a.load(H::R11, M::gs(off::TMP + 16));
+        a.store(M::gs(off::gpr(11)), H::R11);
+        a.mov_imm(H::GUEST_RCX, self.cur_next);
         self.load_segment(1, fast(offset_of!(FastSegments, syscall_cs)));
         self.load_segment(2, fast(offset_of!(FastSegments, syscall_ss)));
         let a = &mut self.asm;
@@ -108,11 +109,11 @@ impl Translator<'_> {
         self.callout(i, Action::Emulate);
     }
 
-    /// Checks the flags in RCX for a return to ring 3: nothing special, and no interrupt waiting. Clobbers R15.
+    /// Checks the flags in RCX for a return to ring 3: nothing special, and no interrupt waiting. Clobbers R11.
     fn check_return_flags(&mut self, slow: Label) {
         let a = &mut self.asm;
-        a.mov32(H::R15, H::RCX);
-        a.and32_flags(H::R15, SPECIAL as i32);
+        a.mov32(H::R11, H::RCX);
+        a.and32_flags(H::R11, SPECIAL as i32);
         a.jcc(cc::NE, slow);
         a.cmp32_mem_imm_flags(M::gs(off::IRQ_WINDOW), 0);
         a.jcc(cc::NE, slow);
@@ -123,8 +124,8 @@ impl Translator<'_> {
         let a = &mut self.asm;
         a.store(M::gs(off::RIP), H::RCX);
         a.store_imm8(M::gs(off::CPL), 3);
-        a.load32(H::R15, M::gs(off::JC_MODE + 4 * to.view() as i32));
-        a.store32(M::gs(off::MODE), H::R15);
+        a.load32(H::R11, M::gs(off::JC_MODE + 4 * to.view() as i32));
+        a.store32(M::gs(off::MODE), H::R11);
         self.jump_through_cache(to.view());
     }
 
@@ -143,19 +144,19 @@ impl Translator<'_> {
         self.asm.pop(H::RCX);
         self.asm.store(M::gs(off::TMP + 16), H::RCX);
         self.require_cache(to, slow);
-        self.asm.mov(H::RCX, H(11));
+        self.asm.load(H::RCX, M::gs(off::gpr(11)));
         self.check_return_flags(slow);
         let a = &mut self.asm;
-        a.mov(H::R15, H::R13);
-        a.shr_flags(H::R15, 47);
+        a.mov(H::R11, H::GUEST_RCX);
+        a.shr_flags(H::R11, 47);
         a.jcc(cc::NE, slow);
         self.load_segment(1, fast(offset_of!(FastSegments, sysret_cs)));
         self.load_segment(2, fast(offset_of!(FastSegments, sysret_ss)));
         let a = &mut self.asm;
-        a.mov32(H::RCX, H(11));
+        a.load32(H::RCX, M::gs(off::gpr(11)));
         a.and32_flags(H::RCX, 0x3c_7fd7);
         self.load_flags();
-        self.asm.mov(H::RCX, H::R13);
+        self.asm.mov(H::RCX, H::GUEST_RCX);
         self.enter_user(to);
         self.asm.bind(slow);
         self.reload_native_flags();
@@ -182,21 +183,21 @@ impl Translator<'_> {
         a.pop(H::RCX);
         a.store(M::gs(off::TMP + 16), H::RCX);
         self.require_cache(to, slow);
-        self.asm.mov(H::RCX, H::R14);
+        self.asm.mov(H::RCX, H::GUEST_RSP);
         self.emit_lookup(40, false, false, slow);
         let a = &mut self.asm;
-        a.lea(H::R15, M::base_index(H::R15, H::RCX));
-        a.store(M::gs(off::TMP + 24), H::R15);
-        a.load16(H::RCX, M::base(H::R15, 8));
+        a.lea(H::R11, M::base_index(H::R11, H::RCX));
+        a.store(M::gs(off::TMP + 24), H::R11);
+        a.load16(H::RCX, M::base(H::R11, 8));
         a.cmp32_mem_flags(H::RCX, fast(offset_of!(FastSegments, iret_cs)));
         a.jcc(cc::NE, slow);
-        a.load16(H::RCX, M::base(H::R15, 32));
+        a.load16(H::RCX, M::base(H::R11, 32));
         a.cmp32_mem_flags(H::RCX, fast(offset_of!(FastSegments, iret_ss)));
         a.jcc(cc::NE, slow);
-        a.load(H::RCX, M::base(H::R15, 0));
+        a.load(H::RCX, M::base(H::R11, 0));
         a.shr_flags(H::RCX, 47);
         a.jcc(cc::NE, slow);
-        a.load(H::RCX, M::base(H::R15, 16));
+        a.load(H::RCX, M::base(H::R11, 16));
         self.check_return_flags(slow);
         for (at, descriptor) in [
             (offset_of!(FastSegments, iret_cs_at), offset_of!(FastSegments, iret_cs_descriptor)),
@@ -204,7 +205,7 @@ impl Translator<'_> {
         ] {
             self.asm.load(H::RCX, fast(at));
             self.emit_lookup(8, false, false, slow);
-            self.asm.load(H::RCX, M::base_index(H::R15, H::RCX));
+            self.asm.load(H::RCX, M::base_index(H::R11, H::RCX));
             self.asm.cmp_mem_flags(H::RCX, fast(descriptor));
             self.asm.jcc(cc::NE, slow);
         }
@@ -212,11 +213,11 @@ impl Translator<'_> {
         self.load_segment(2, fast(offset_of!(FastSegments, iret_ss_word)));
         let a = &mut self.asm;
         a.store_imm8(M::gs(off::NMI_BLOCKED), 0);
-        a.load(H::R15, M::gs(off::TMP + 24));
-        a.load(H::RCX, M::base(H::R15, 0));
+        a.load(H::R11, M::gs(off::TMP + 24));
+        a.load(H::RCX, M::base(H::R11, 0));
         a.store(M::gs(off::TMP), H::RCX);
-        a.load(H::R14, M::base(H::R15, 24));
-        a.load32(H::RCX, M::base(H::R15, 16));
+        a.load(H::GUEST_RSP, M::base(H::R11, 24));
+        a.load32(H::RCX, M::base(H::R11, 16));
         a.and32_flags(H::RCX, 0x3f_7fd7);
         self.load_flags();
         self.asm.load(H::RCX, M::gs(off::TMP));

@@ -81,19 +81,19 @@ impl Translator<'_> {
         if flags_live {
             self.asm.pushfq();
         }
-        self.asm.cmp_imm_flags(H::R13, 0);
+        self.asm.cmp_imm_flags(H::GUEST_RCX, 0);
         self.asm.jcc(cc::E, done);
-        self.asm.cmp_imm_flags(H::R13, 4096);
+        self.asm.cmp_imm_flags(H::GUEST_RCX, 4096);
         self.asm.jcc(cc::A, slow);
         self.asm.store(M::gs(off::TMP + 8), H::RDX);
-        let run = M { base: Some(H::RCX), index: Some((H::R13, shift)), disp: 0, seg: Base::Host };
+        let run = M { base: Some(H::RCX), index: Some((H::GUEST_RCX, shift)), disp: 0, seg: Base::Host };
         if movs {
             self.asm.mov(H::RCX, H::RSI);
             self.emit_lookup(u16::from(size), false, false, restore);
             self.asm.lea(H::RDX, run);
             self.asm.cmp_imm_flags(H::RDX, 4096);
             self.asm.jcc(cc::A, restore);
-            self.asm.lea(H::RCX, M::base_index(H::R15, H::RCX));
+            self.asm.lea(H::RCX, M::base_index(H::R11, H::RCX));
             self.asm.store(M::gs(off::TMP + 16), H::RCX);
         }
         self.asm.mov(H::RCX, H::RDI);
@@ -102,22 +102,22 @@ impl Translator<'_> {
         self.asm.cmp_imm_flags(H::RDX, 4096);
         self.asm.jcc(cc::A, restore);
         let a = &mut self.asm;
-        a.lea(H::R15, M::base_index(H::R15, H::RCX));
+        a.lea(H::R11, M::base_index(H::R11, H::RCX));
         if movs {
             a.store(M::gs(off::TMP + 24), H::RSI);
             a.load(H::RSI, M::gs(off::TMP + 16));
         }
         a.store(M::gs(off::TMP), H::RDI);
-        a.mov(H::RDI, H::R15);
-        a.mov(H::RCX, H::R13);
+        a.mov(H::RDI, H::R11);
+        a.mov(H::RCX, H::GUEST_RCX);
         a.rep_string(movs, size);
         a.load(H::RDI, M::gs(off::TMP));
-        a.lea(H::RDI, M { base: Some(H::RDI), index: Some((H::R13, shift)), disp: 0, seg: Base::Host });
+        a.lea(H::RDI, M { base: Some(H::RDI), index: Some((H::GUEST_RCX, shift)), disp: 0, seg: Base::Host });
         if movs {
             a.load(H::RSI, M::gs(off::TMP + 24));
-            a.lea(H::RSI, M { base: Some(H::RSI), index: Some((H::R13, shift)), disp: 0, seg: Base::Host });
+            a.lea(H::RSI, M { base: Some(H::RSI), index: Some((H::GUEST_RCX, shift)), disp: 0, seg: Base::Host });
         }
-        a.mov_imm(H::R13, 0);
+        a.mov_imm(H::GUEST_RCX, 0);
         a.load(H::RDX, M::gs(off::TMP + 8));
         a.bind(done);
         if flags_live {

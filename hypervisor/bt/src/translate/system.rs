@@ -67,7 +67,7 @@ impl Translator<'_> {
             if let Err(e) = self.asm.guest(i) {
                 self.encode_failed(i, &e);
             }
-            self.asm.load32(H::R13, M::gs(off::TSC_AUX));
+            self.asm.load32(H::GUEST_RCX, M::gs(off::TSC_AUX));
         } else {
             self.callout(i, Action::Emulate);
         }
@@ -80,8 +80,8 @@ impl Translator<'_> {
         let (gs, kernel) = (M::gs(off::seg_base(5)), M::gs(off::KERNEL_GS));
         let a = &mut self.asm;
         a.load(H::RCX, gs);
-        a.load(H::R15, kernel);
-        a.store(gs, H::R15);
+        a.load(H::R11, kernel);
+        a.store(gs, H::R11);
         a.store(kernel, H::RCX);
     }
 
@@ -172,8 +172,8 @@ impl Translator<'_> {
         a.pop(H::RCX);
         a.pext(H::RCX, H::RCX, M::gs(off::FLAGS_MASK));
         a.pdep(H::RCX, H::RCX, M::gs(off::FLAGS_MASK));
-        a.load(H::R15, M::gs(off::RFLAGS));
-        a.lea(H::RCX, M::base_index(H::RCX, H::R15));
+        a.load(H::R11, M::gs(off::RFLAGS));
+        a.lea(H::RCX, M::base_index(H::RCX, H::R11));
         a.store(M::gs(off::TMP + 16), H::RCX);
         let acc = Access {
             ea: Ea::stack(-8, self.mode),
@@ -190,5 +190,5 @@ impl Translator<'_> {
 }
 
 fn a_adjust(a: &mut crate::asm::Asm) {
-    a.lea(H::R14, M::base(H::R14, -8));
+    a.lea(H::GUEST_RSP, M::base(H::GUEST_RSP, -8));
 }

@@ -44,7 +44,7 @@ impl Region {
 /// What is checked before an access.
 #[derive(Clone, Copy, Debug)]
 enum Subject {
-    /// A register, which stays as it is: the base, or R15 with the whole address.
+    /// A register, which stays as it is: the base, or R11 with the whole address.
     Register(H),
     /// The address that this operand computes.
     Address(M),
@@ -186,8 +186,8 @@ impl Translator<'_> {
             match (ea.base, ea.index) {
                 (Some(b), None) if LOW_DISPLACEMENTS.contains(&disp) => {
                     let h = host(b).unwrap_or_else(|| {
-                        self.asm.load(H::R15, M::gs(off::gpr(b)));
-                        H::R15
+                        self.asm.load(H::R11, M::gs(off::gpr(b)));
+                        H::R11
                     });
                     return (Subject::Register(h), M::base(h, disp));
                 }
@@ -211,13 +211,13 @@ impl Translator<'_> {
             && LOW_DISPLACEMENTS.contains(&disp)
         {
             // Thread-local data at a fixed place.
-            self.asm.load(H::R15, M::gs(off::seg_base(usize::from(ea.seg))));
-            return (Subject::Register(H::R15), M::base(H::R15, disp));
+            self.asm.load(H::R11, M::gs(off::seg_base(usize::from(ea.seg))));
+            return (Subject::Register(H::R11), M::base(H::R11, disp));
         }
         self.emit_ea(ea, true);
         self.emit_pending(pre, ea.bits);
-        self.asm.mov(H::R15, H::RCX);
-        (Subject::Register(H::R15), M::base(H::R15, 0))
+        self.asm.mov(H::R11, H::RCX);
+        (Subject::Register(H::R11), M::base(H::R11, 0))
     }
 
     /// Jumps to `fail` unless the subject lies in the window; gives the place of the jump's displacement. Clobbers RCX.
@@ -282,6 +282,10 @@ impl Translator<'_> {
                 k.votes += if low { 1 } else { -1 };
             }
             return if low { Region::Low } else { Region::High };
+        }
+        if ea.base.is_none() && ea.seg < 4 {
+            // A table at a fixed address.
+            return Region::Low;
         }
         if ea.base == Some(4) || ea.seg >= 4 || !k.low_more_often { Region::High } else { Region::Low }
     }
