@@ -198,6 +198,9 @@ impl Engine {
         set(st, Thunk::Commit, thunks::commit);
         set(st, Thunk::Emulate, thunks::emulate);
         set(st, Thunk::Lookup, thunks::lookup);
+        set(st, Thunk::LookupUser, thunks::lookup_second::<0>);
+        set(st, Thunk::LookupSmap, thunks::lookup_second::<1>);
+        set(st, Thunk::LookupSuper, thunks::lookup_second::<2>);
         set(st, Thunk::Chain, thunks::chain);
         set(st, Thunk::LoadFpu, thunks::load_fpu);
         let ram = Ram::new(mem);
@@ -234,7 +237,7 @@ impl Engine {
             cache_full: false,
         };
         e.clear_tlb_arrays();
-        e.clear_jump_cache_arrays();
+        e.init_jump_caches();
         Ok(e)
     }
 

@@ -166,14 +166,18 @@ impl Engine {
             self.shared().jc_mode[view] = shared.0;
         }
         let n = key.rip as usize & (JC_ENTRIES - 1);
-        let jc = &mut self.shared().jc[view];
+        let [jc, second] = &mut self.shared().jc[view].ways;
         // A block whose last instruction crosses a page depends on a second mapping, which need not be global.
         let global = key.mode.has(Mode::GLOBAL) && !crosses;
+        let tag = key.rip.wrapping_neg();
+        if jc.host[n] != 0 && jc.neg_rip[n] != tag {
+            (second.neg_rip[n], second.host[n]) = (jc.neg_rip[n], jc.host[n]);
+        }
         if jc.host[n] == 0 || self.jc_local[view][n] == global {
             self.jc_used[view].note(n, global, JC_ENTRIES);
             self.jc_local[view][n] = !global;
         }
-        jc.neg_rip[n] = key.rip.wrapping_neg();
+        jc.neg_rip[n] = tag;
         jc.host[n] = target;
         target
     }

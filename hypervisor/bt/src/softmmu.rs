@@ -3,7 +3,7 @@
 
 use crate::block::{BlockId, Site};
 use crate::engine::Engine;
-use crate::state::{JC_ENTRIES, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_ntag};
+use crate::state::{TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::{Env, Exception, Seg, ea};
 
@@ -364,19 +364,19 @@ impl Engine {
         self.shared().tlb[view][n] = TlbEntry { ntag_r: t, ntag_w: t, hva: 0, gpa: NO_PAGE };
     }
 
-    pub(crate) fn clear_jump_cache_arrays(&mut self) {
+    pub(crate) fn init_jump_caches(&mut self) {
         for view in 0..VIEWS {
-            for n in 0..JC_ENTRIES {
-                self.clear_jump_cache_entry(view, n);
-            }
+            // All others are empty as fresh memory is.
+            self.clear_jump_cache_entry(view, 0);
             self.jc_used[view] = Default::default();
         }
     }
 
     pub(crate) fn clear_jump_cache_entry(&mut self, view: usize, n: usize) {
-        // An empty entry holds a RIP with other low bits than its index.
-        self.shared().jc[view].neg_rip[n] = ((n ^ (JC_ENTRIES / 2)) as u64).wrapping_neg();
-        self.shared().jc[view].host[n] = 0;
+        for way in &mut self.shared().jc[view].ways {
+            way.neg_rip[n] = empty_jump_tag(n);
+            way.host[n] = 0;
+        }
     }
 
     pub(crate) fn flush_jump_cache(&mut self, view: usize) {

@@ -39,13 +39,25 @@ pub(crate) const fn empty_ntag(index: usize) -> u64 {
     (((index ^ (TLB_ENTRIES / 2)) as u64) << 12).wrapping_neg()
 }
 
-/// Hash from guest RIP to host code, split in two arrays that are indexed by the low bits of RIP.
+/// Hash from guest RIP to host code, split in arrays that are indexed by the low bits of RIP. Two entries share an index: the
+/// first is looked at in line, the second by the thunk that a miss goes to.
 #[repr(C)]
 pub(crate) struct JumpCache {
-    /// Negated RIP of the entry. An empty entry holds a RIP with other low bits.
+    pub(crate) ways: [JumpWay; 2],
+}
+
+/// One entry per index.
+#[repr(C)]
+pub(crate) struct JumpWay {
+    /// Negated RIP of the entry, or [`empty_jump_tag`].
     pub(crate) neg_rip: [u64; JC_ENTRIES],
     /// Host address of the block.
     pub(crate) host: [u64; JC_ENTRIES],
+}
+
+/// The tag of an empty entry: the negation of a RIP with another index. Zero wherever possible, for fresh memory is.
+pub(crate) const fn empty_jump_tag(index: usize) -> u64 {
+    (index == 0) as u64
 }
 
 /// A vCPU's shared state. Allocated page-aligned; [`BtState::poll_page`] is a page of its own.
@@ -164,8 +176,12 @@ pub(crate) enum Thunk {
     Commit,
     /// Emulate one instruction; R11D = callout number.
     Emulate,
-    /// Look up the block at `cpu.rip`.
+    /// Look up the block at `cpu.rip`; R11D = callout of the branch.
     Lookup,
+    /// The same, but try the second entries of a view's jump cache first.
+    LookupUser,
+    LookupSmap,
+    LookupSuper,
     /// Take, and link if possible, a direct exit; R11D = exit number.
     Chain,
     /// Load the guest's x87/SIMD state into the host's registers.
@@ -173,7 +189,12 @@ pub(crate) enum Thunk {
 }
 
 impl Thunk {
-    pub(crate) const COUNT: usize = 8;
+    pub(crate) const COUNT: usize = 11;
+
+    /// The lookup that continues a jump-cache miss in a view.
+    pub(crate) fn lookup(view: usize) -> Self {
+        [Self::LookupUser, Self::LookupSmap, Self::LookupSuper][view]
+    }
 
     /// Offset of the slot from the GS base.
     pub(crate) fn offset(self) -> i32 {
@@ -248,6 +269,6 @@ pub(crate) mod off {
 
     /// The jump cache's targets in a view.
     pub(crate) fn jc_hosts(view: usize) -> i32 {
-        jc_tags(view) + offset_of!(JumpCache, host) as i32
+        jc_tags(view) + offset_of!(JumpWay, host) as i32
     }
 }

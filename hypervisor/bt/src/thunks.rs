@@ -11,7 +11,7 @@
 #![allow(unsafe_code)] // Naked functions: the boundary itself cannot be written in safe Rust.
 
 use crate::callouts;
-use crate::state::BtState;
+use crate::state::{BtState, JumpCache, JumpWay};
 use std::arch::naked_asm;
 use std::mem::offset_of;
 
@@ -281,6 +281,31 @@ pub(crate) unsafe extern "sysv64" fn lookup() {
         back!();
         engine = const ENGINE,
         f = sym callouts::lookup,
+    )
+}
+
+/// [`crate::state::Thunk::LookupUser`] and its kin, jumped to: as [`lookup`], after a look at the second entries.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
+    naked_asm!(
+        "mov gs:[{tmp}], rdx",
+        "mov gs:[{tmp}+8], r11",
+        "mov rcx, gs:[{rip}]",
+        "pext r11, rcx, gs:[{mask}]",
+        "mov rdx, gs:[r11*8+{tags}]",
+        "lea rcx, [rdx+rcx]",
+        "mov rdx, gs:[{tmp}]",
+        "jrcxz 2f",
+        "mov r11, gs:[{tmp}+8]",
+        "jmp {miss}",
+        "2:",
+        "jmp gs:[r11*8+{hosts}]",
+        tmp = const TMP,
+        rip = const offset_of!(BtState, cpu.rip),
+        mask = const offset_of!(BtState, jc_mask),
+        tags = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpWay>(),
+        hosts = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpWay>() + offset_of!(JumpWay, host),
+        miss = sym lookup,
     )
 }
 

@@ -58,19 +58,20 @@ impl Translator<'_> {
         }
         self.asm.mov_imm(H::RCX, target);
         self.asm.store(M::gs(off::RIP), H::RCX);
-        let miss = self.lookup_stub(NO_CALLOUT);
         if mode != self.mode || self.mode.alone() || !self.mode.has(Mode::FLAT) {
-            self.asm.jmp(miss);
+            let lookup = self.lookup_stub(NO_CALLOUT, Thunk::Lookup);
+            self.asm.jmp(lookup);
             return;
         }
+        let miss = self.lookup_stub(NO_CALLOUT, Thunk::lookup(self.mode.view()));
         lookup_constant(self.asm, target, self.mode.view(), miss);
     }
 
     /// A place behind the block that goes to the lookup in Rust; `callout` names the branch instruction, if it has to be
     /// undone when its target is not canonical.
-    fn lookup_stub(&mut self, callout: u32) -> Label {
+    fn lookup_stub(&mut self, callout: u32, thunk: Thunk) -> Label {
         let l = self.asm.label();
-        self.lookups.push((l, callout));
+        self.lookups.push((l, callout, thunk));
         l
     }
 
@@ -83,11 +84,12 @@ impl Translator<'_> {
     pub(crate) fn exit_rcx(&mut self, i: &Instruction) {
         self.asm.store(M::gs(off::RIP), H::RCX);
         let n = self.note_callout(i, Action::Branch);
-        let miss = self.lookup_stub(n);
         if self.mode.alone() || !self.mode.has(Mode::FLAT) {
-            self.asm.jmp(miss);
+            let lookup = self.lookup_stub(n, Thunk::Lookup);
+            self.asm.jmp(lookup);
             return;
         }
+        let miss = self.lookup_stub(n, Thunk::lookup(self.mode.view()));
         self.poll(FaultKind::PollIndirect);
         self.jump_through_cache_or(self.mode.view(), miss);
     }
@@ -102,7 +104,7 @@ impl Translator<'_> {
 
     /// Goes to the RIP in RCX, which is in the state too, through a view's jump cache.
     pub(crate) fn jump_through_cache(&mut self, view: usize) {
-        let miss = self.lookup_stub(NO_CALLOUT);
+        let miss = self.lookup_stub(NO_CALLOUT, Thunk::lookup(view));
         self.jump_through_cache_or(view, miss);
     }
 
@@ -483,5 +485,5 @@ pub(crate) fn jump_cache_stub(a: &mut Asm, target: u64, view: usize) {
     lookup_constant(a, target, view, miss);
     a.bind(miss);
     a.mov_imm(H::R11, u64::from(NO_CALLOUT));
-    a.jmp_mem(M::gs(Thunk::Lookup.offset()));
+    a.jmp_mem(M::gs(Thunk::lookup(view).offset()));
 }

@@ -82,8 +82,8 @@ pub(crate) struct Translator<'a> {
     exits: Vec<RawExit>,
     /// Side exits that cannot be linked: where they come from, the way they go.
     far_sides: Vec<(crate::asm::Label, u64)>,
-    /// Stubs that go to the lookup: (label, callout).
-    lookups: Vec<(crate::asm::Label, u32)>,
+    /// Stubs that go to the lookup: label, callout, which lookup.
+    lookups: Vec<(crate::asm::Label, u32, Thunk)>,
     /// Exit stubs to be emitted: (exit, label).
     stubs: Vec<(u32, crate::asm::Label)>,
 }
@@ -390,10 +390,10 @@ impl<'a> Translator<'a> {
     }
 
     fn emit_stubs(&mut self) {
-        for (label, callout) in std::mem::take(&mut self.lookups) {
+        for (label, callout, thunk) in std::mem::take(&mut self.lookups) {
             self.asm.bind(label);
             self.asm.mov_imm(H::R11, u64::from(callout));
-            self.asm.jmp_mem(M::gs(Thunk::Lookup.offset()));
+            self.asm.jmp_mem(M::gs(thunk.offset()));
         }
         let first = self.tables.exits.len() as u32;
         for (n, label) in std::mem::take(&mut self.stubs) {
