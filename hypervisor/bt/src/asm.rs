@@ -550,6 +550,36 @@ impl Asm {
         self.b(&[0x58 | r.low()]);
     }
 
+    /// `push imm32`, sign-extended.
+    pub(crate) fn push_imm32(&mut self, v: i32) {
+        self.b(&[0x68]);
+        self.imm32(v);
+    }
+
+    /// `call rel32` whose displacement is patched later; returns the displacement's offset.
+    pub(crate) fn call_patchable(&mut self, l: Label) -> u32 {
+        self.b(&[0xe8]);
+        self.fixes.push((Fix::Rel32(self.pos()), l));
+        self.imm32(0);
+        self.pos() - 4
+    }
+
+    pub(crate) fn call_mem(&mut self, m: M) {
+        self.rm(false, &[0xff], 2, m);
+    }
+
+    /// The address of a label.
+    pub(crate) fn lea_label(&mut self, d: H, l: Label) {
+        self.b(&[0x48 | (d.high() << 2), 0x8d, (d.low() << 3) | 5]);
+        self.fixes.push((Fix::Rel32(self.pos()), l));
+        self.imm32(0);
+    }
+
+    /// `ret 8`.
+    pub(crate) fn ret8(&mut self) {
+        self.b(&[0xc2, 8, 0]);
+    }
+
     pub(crate) fn ud2(&mut self) {
         self.b(&[0x0f, 0x0b]);
     }

@@ -21,6 +21,9 @@ pub(crate) struct CodeMemory {
     /// Next free places.
     hot: usize,
     cold: usize,
+    /// Where the parts begin that are not backed by huge pages yet.
+    small_hot: usize,
+    small_cold: usize,
 }
 
 /// Where a block's two parts are in the cache.
@@ -89,14 +92,8 @@ impl CodeMemory {
         if !sized || rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
             return Err(fail("the translation cache cannot be mapped (does this host forbid executable mappings?)"));
         }
-        // Translated code is large: without huge pages, instruction-TLB misses dominate programs of any size. Advice
-        // may be refused; then pages are small.
-        for view in [rw, rx] {
-            // SAFETY: advice about our own mapping.
-            unsafe { libc::madvise(view, len, libc::MADV_HUGEPAGE) };
-        }
-        let split = len / 2;
-        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split })
+        let split = (len / 2).next_multiple_of(HUGE);
+        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split, small_hot: 0, small_cold: split })
     }
 
     /// Address of an offset, as executed.
@@ -119,6 +116,14 @@ impl CodeMemory {
         if self.hot + hot_len > self.split || self.cold + cold_len > self.len {
             return None;
         }
+        while self.small_hot < (self.hot + hot_len).min(self.split) {
+            self.make_huge(self.small_hot);
+            self.small_hot += HUGE;
+        }
+        while self.small_cold < (self.cold + cold_len).min(self.len) {
+            self.make_huge(self.small_cold);
+            self.small_cold += HUGE;
+        }
         asm.resolve((self.cold - self.hot - hot_len) as i64);
         let (hot, cold) = asm.parts();
         // SAFETY: both ranges were just checked to lie within the writable view, which nothing else refers to.
@@ -129,6 +134,22 @@ impl CodeMemory {
         self.hot = (self.hot + hot_len + 15) & !15;
         self.cold += cold_len;
         Some(at)
+    }
+
+    /// Backs 2 MiB with a huge page, if the host can. Translated code is large: with small pages, misses of the
+    /// instruction TLB cost a program of any size half its speed. Most hosts grant memory files no huge pages when they are
+    /// touched, whatever the advice, but do grant them to a request.
+    fn make_huge(&mut self, at: usize) {
+        const MADV_COLLAPSE: libc::c_int = 25;
+        // SAFETY: within our own mappings, `at` being a multiple of 2 MiB below `len`. The first page must exist; its first
+        // byte is written back as it is. A refusal (before Linux 6.1, no memory) leaves small pages.
+        unsafe {
+            let first = self.rw.add(at);
+            first.write_volatile(first.read_volatile());
+            for view in [self.rw, self.rx] {
+                libc::madvise(view.add(at).cast(), HUGE, MADV_COLLAPSE);
+            }
+        }
     }
 
     /// Whether an offset lies in the cold part.
@@ -147,6 +168,7 @@ impl CodeMemory {
     /// Forgets all code and gives its pages back to the host.
     pub(crate) fn clear(&mut self) {
         (self.hot, self.cold) = (0, self.split);
+        (self.small_hot, self.small_cold) = (0, self.split);
         // SAFETY: the whole of our own shared mapping; its content is no longer needed.
         unsafe { libc::madvise(self.rw.cast(), self.len, libc::MADV_REMOVE) };
     }

@@ -236,6 +236,7 @@ impl Engine {
             machine_stopping: false,
             cache_full: false,
         };
+        e.forget_calls();
         e.clear_tlb_arrays();
         e.init_jump_caches();
         Ok(e)
@@ -256,6 +257,19 @@ impl Engine {
     pub(crate) fn shared<'a>(&self) -> &'a mut BtState {
         // SAFETY: as in `cpu`; callers touch fields other than `cpu`.
         unsafe { &mut *self.state }
+    }
+
+    /// Forgets which calls translated code is in: where they would return to may no longer be right.
+    pub(crate) fn forget_calls(&mut self) {
+        let sh = self.shared();
+        sh.code_rsp = sh.frames.reset(thunks::underflow as *const () as u64);
+        sh.neg_last_frame = sh.code_rsp.wrapping_neg();
+    }
+
+    /// Whether a host address is where translated code runs out of stack.
+    pub(crate) fn in_frame_guard(&self, address: u64) -> bool {
+        let guard = &raw const self.shared().frame_guard as u64;
+        address.wrapping_sub(guard) < size_of::<crate::state::PollPage>() as u64
     }
 
     /// All counters with their names; emulated instructions by mnemonic, most frequent first.

@@ -152,6 +152,12 @@ impl Engine {
     fn prepare(&mut self, id: BlockId) -> u64 {
         let b = &self.tables.blocks[id as usize];
         let (key, crosses) = (b.key, b.second_page.is_some());
+        if key.mode.has(Mode::WINDOW) {
+            self.window.note_code(key.rip & !0xfff, key.gpa & !0xfff);
+            if let Some(second) = b.second_page {
+                self.window.note_code((key.rip & !0xfff).wrapping_add(4096), second);
+            }
+        }
         let target = self.code.address(b.entry);
         self.shared().mode = key.mode.0;
         self.refresh_fast_segments();
@@ -368,11 +374,7 @@ impl Engine {
         let both_global = from.key.mode.has(Mode::GLOBAL) && to.key.mode.has(Mode::GLOBAL);
         let windowed = from.key.mode.has(Mode::WINDOW) && to.key.mode.has(Mode::WINDOW);
         if !same_page && windowed {
-            let pages = [from, to].into_iter().flat_map(|b| {
-                let (rip, gpa) = (b.key.rip & !0xfff, b.key.gpa & !0xfff);
-                [Some((rip, gpa)), b.second_page.map(|second| (rip.wrapping_add(4096), second))]
-            });
-            self.window.note_link(exit, pages.flatten());
+            self.window.note_link(exit);
         } else if !same_page && !both_global {
             // The link would not outlive a change of mappings, but the jump cache does not need the detour through Rust.
             let (patch, view) = (x.patch, x.target_mode.view());
@@ -460,6 +462,7 @@ impl Engine {
         self.pages.clear();
         self.cross_links.clear();
         self.window.forget_links();
+        self.forget_calls();
         self.tables.clear();
         self.code.clear();
         for view in 0..crate::state::VIEWS {

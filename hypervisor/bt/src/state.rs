@@ -64,8 +64,12 @@ pub(crate) const fn empty_jump_tag(index: usize) -> u64 {
 #[repr(C, align(4096))]
 pub(crate) struct BtState {
     pub(crate) cpu: CpuState,
-    /// Host stack pointer at the level translated code runs at.
+    /// Host stack pointer for Rust code that translated code calls.
     pub(crate) host_rsp: u64,
+    /// Host stack pointer of translated code, while Rust code runs: in [`BtState::frames`].
+    pub(crate) code_rsp: u64,
+    /// The negated address of the last frame, the one that no call made.
+    pub(crate) neg_last_frame: u64,
     /// The engine, for callouts.
     pub(crate) engine: u64,
     /// Mask that selects the TLB index from an address (for PEXT).
@@ -120,6 +124,30 @@ pub(crate) struct BtState {
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; VIEWS],
     pub(crate) jc: [JumpCache; VIEWS],
     pub(crate) poll_page: PollPage,
+    /// Without access: translated code that calls deeper than [`BtState::frames`] faults here.
+    pub(crate) frame_guard: PollPage,
+    /// The stack of translated code. A call in window blocks pushes the guest's return address, then calls; a return
+    /// compares, then returns, so that the host CPU predicts the guest's returns.
+    pub(crate) frames: Frames,
+}
+
+/// Words of the translated code's stack.
+const FRAME_WORDS: usize = 1 << 17;
+
+/// The stack that translated code runs on.
+#[repr(C, align(4096))]
+pub(crate) struct Frames([u64; FRAME_WORDS]);
+
+impl Frames {
+    /// A return address that no guest can return to: it is not canonical.
+    const NOWHERE: u64 = 1 << 63 | 1;
+
+    /// Forgets all calls; gives the stack pointer. `underflow` is where a return without a call would go.
+    pub(crate) fn reset(&mut self, underflow: u64) -> u64 {
+        self.0[FRAME_WORDS - 2] = underflow;
+        self.0[FRAME_WORDS - 1] = Self::NOWHERE;
+        &raw const self.0[FRAME_WORDS - 2] as u64
+    }
 }
 
 /// No mode word has this value.
@@ -219,6 +247,7 @@ pub(crate) mod off {
     pub(crate) const MASK15: i32 = offset_of!(BtState, mask15) as i32;
     pub(crate) const HIGH_MASK: i32 = offset_of!(BtState, high_mask) as i32;
     pub(crate) const LOW_MASK: i32 = offset_of!(BtState, low_mask) as i32;
+    pub(crate) const NEG_LAST_FRAME: i32 = offset_of!(BtState, neg_last_frame) as i32;
     pub(crate) const MODE: i32 = offset_of!(BtState, mode) as i32;
     pub(crate) const IRQ_WINDOW: i32 = offset_of!(BtState, irq_window) as i32;
     pub(crate) const FPU_LIVE: i32 = offset_of!(BtState, fpu_live) as i32;

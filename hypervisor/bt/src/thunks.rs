@@ -1,7 +1,7 @@
 //! The only doors between Rust code and translated code, both ways.
 //!
-//! Register convention inside translated code (see [`crate::regs`]): the stack pointer is the host's, aligned to 16;
-//! RCX and R11 are scratch; R9 holds the guest's RCX, R10 the guest's RSP; the guest's R9-R11 live in memory. Flags in
+//! Register convention inside translated code (see [`crate::regs`]): the stack pointer is the host's, in
+//! [`BtState::frames`]; RCX and R11 are scratch; R9 holds the guest's RCX, R10 the guest's RSP; the guest's R9-R11 live in memory. Flags in
 //! [`paravane_cpu::state::rflags::NATIVE`] are the guest's, and the same bits of `cpu.rflags` are zero meanwhile.
 //!
 //! While a window is in use, FS points at it in translated code; thunks that enter Rust put Rust's own FS base back.
@@ -24,13 +24,15 @@ const XHI: usize = offset_of!(BtState, xmask_hi);
 const MXCSR: usize = offset_of!(BtState, host_mxcsr);
 const HOST_RSP: usize = offset_of!(BtState, host_rsp);
 const ENGINE: usize = offset_of!(BtState, engine);
+const CODE_RSP: usize = offset_of!(BtState, code_rsp);
 const TMP: usize = offset_of!(BtState, tmp);
 const WINDOW_FS: usize = offset_of!(BtState, window_fs);
 const HOST_FS: usize = offset_of!(BtState, host_fs);
 
-/// Guest registers and flags to memory, then SIMD state when live. Clobbers RAX, RDX; leaves RCX and R11.
+/// Guest registers and flags to memory, then SIMD state when live; Rust's stack. The stack pointer of translated code is
+/// kept, after `called` bytes of return address. Clobbers RAX, RDX; leaves RCX and R11.
 macro_rules! save {
-    () => {
+    ($called:literal) => {
         concat!(
             "mov gs:[{gpr}+0*8], rax\n",
             "mov gs:[{gpr}+1*8], r9\n",
@@ -45,6 +47,11 @@ macro_rules! save {
             "mov gs:[{gpr}+13*8], r13\n",
             "mov gs:[{gpr}+14*8], r14\n",
             "mov gs:[{gpr}+15*8], r15\n",
+            "lea rax, [rsp+",
+            $called,
+            "]\n",
+            "mov gs:[{code_rsp}], rax\n",
+            "mov rsp, gs:[{host_rsp}]\n",
             "pushfq\n",
             "pop rax\n",
             "cld\n",
@@ -67,7 +74,7 @@ macro_rules! save {
     };
 }
 
-/// Guest registers and flags from memory. Leaves RCX and R11.
+/// Guest registers and flags from memory, and the stack of translated code. Leaves RCX and R11.
 macro_rules! restore {
     () => {
         concat!(
@@ -97,6 +104,7 @@ macro_rules! restore {
             "mov r13, gs:[{gpr}+13*8]\n",
             "mov r14, gs:[{gpr}+14*8]\n",
             "mov r15, gs:[{gpr}+15*8]\n",
+            "mov rsp, gs:[{code_rsp}]\n",
         )
     };
 }
@@ -119,7 +127,7 @@ macro_rules! leave {
 }
 
 /// After a callout: RAX = value or target, RDX = [`callouts::Back`] bits. Continue in the block (RCX = RAX), jump
-/// to a block, or leave. Expects the return address of the block on the stack.
+/// to a block, or leave. Going on in the block takes the return address that lies below the stack pointer.
 macro_rules! back {
     () => {
         concat!(
@@ -137,9 +145,9 @@ macro_rules! back {
             "test r11d, 2\n",
             "jnz 6f\n",
             restore!(),
+            "lea rsp, [rsp-8]\n",
             "ret\n",
             "6:\n",
-            "mov rsp, gs:[{host_rsp}]\n",
             restore!(),
             "jmp rcx\n",
             "7:\n",
@@ -160,6 +168,7 @@ macro_rules! operands {
             xhi = const XHI,
             mxcsr = const MXCSR,
             host_rsp = const HOST_RSP,
+            code_rsp = const CODE_RSP,
             window_fs = const WINDOW_FS,
             host_fs = const HOST_FS,
             $($extra)*
@@ -188,6 +197,7 @@ pub(crate) unsafe extern "sysv64" fn enter(target: u64) -> u64 {
         gpr = const GPR,
         rflags = const RFLAGS,
         host_rsp = const HOST_RSP,
+        code_rsp = const CODE_RSP,
         window_fs = const WINDOW_FS,
     )
 }
@@ -195,26 +205,24 @@ pub(crate) unsafe extern "sysv64" fn enter(target: u64) -> u64 {
 /// [`crate::state::Thunk::Exit`]: R11 = exit code.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn exit() {
-    operands!(save!(), "mov rax, r11", leave!();)
+    operands!(save!("0"), "mov rax, r11", leave!();)
 }
 
 /// Where a signal handler sends a vCPU thread whose translated code faulted; registers are the guest's.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn fault() {
-    operands!("mov rsp, gs:[{host_rsp}]", save!(), "mov eax, {code}", leave!(); code = const crate::dispatch::EXIT_FAULT,)
+    operands!(save!("0"), "mov eax, {code}", leave!(); code = const crate::dispatch::EXIT_FAULT,)
 }
 
 /// [`crate::state::Thunk::Mem`], called: RCX = linear address, R11D = site.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn mem() {
     operands!(
-        save!(),
+        save!("8"),
         "mov rdi, gs:[{engine}]",
         "mov rsi, rcx",
         "mov edx, r11d",
-        "sub rsp, 8",
         "call {f}",
-        "add rsp, 8",
         back!();
         engine = const ENGINE,
         f = sym callouts::mem,
@@ -225,13 +233,11 @@ pub(crate) unsafe extern "sysv64" fn mem() {
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn seg_mem() {
     operands!(
-        save!(),
+        save!("8"),
         "mov rdi, gs:[{engine}]",
         "mov rsi, rcx",
         "mov edx, r11d",
-        "sub rsp, 8",
         "call {f}",
-        "add rsp, 8",
         back!();
         engine = const ENGINE,
         f = sym callouts::seg_mem,
@@ -242,12 +248,10 @@ pub(crate) unsafe extern "sysv64" fn seg_mem() {
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn commit() {
     operands!(
-        save!(),
+        save!("8"),
         "mov rdi, gs:[{engine}]",
         "mov esi, r11d",
-        "sub rsp, 8",
         "call {f}",
-        "add rsp, 8",
         back!();
         engine = const ENGINE,
         f = sym callouts::commit,
@@ -258,12 +262,10 @@ pub(crate) unsafe extern "sysv64" fn commit() {
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn emulate() {
     operands!(
-        save!(),
+        save!("8"),
         "mov rdi, gs:[{engine}]",
         "mov esi, r11d",
-        "sub rsp, 8",
         "call {f}",
-        "add rsp, 8",
         back!();
         engine = const ENGINE,
         f = sym callouts::emulate,
@@ -274,7 +276,7 @@ pub(crate) unsafe extern "sysv64" fn emulate() {
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn lookup() {
     operands!(
-        save!(),
+        save!("0"),
         "mov rdi, gs:[{engine}]",
         "mov esi, r11d",
         "call {f}",
@@ -309,11 +311,17 @@ pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
     )
 }
 
+/// Where a return goes that no call was made for, if ever one finds its way here: RIP is in the state.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn underflow() {
+    naked_asm!("lea rsp, [rsp-16]", "mov r11d, {none}", "jmp {f}", none = const crate::block::NO_CALLOUT, f = sym lookup)
+}
+
 /// [`crate::state::Thunk::Chain`], jumped to: R11D = exit.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn chain() {
     operands!(
-        save!(),
+        save!("0"),
         "mov rdi, gs:[{engine}]",
         "mov esi, r11d",
         "call {f}",

@@ -107,6 +107,11 @@ impl StateMemory {
                 libc::munmap(p, span);
                 return None;
             }
+            let guard = p.cast::<u8>().add(offset_of!(BtState, frame_guard));
+            if libc::mprotect(guard.cast(), size_of::<PollPage>(), libc::PROT_NONE) != 0 {
+                libc::munmap(p, span);
+                return None;
+            }
             Some(Self { state: NonNull::new(p.cast())?, span })
         }
     }

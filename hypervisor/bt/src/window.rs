@@ -109,7 +109,8 @@ pub(crate) struct Window {
     /// Whether operands are more often in the low window (positive) or in the high one, as translation sees it.
     pub(crate) votes: i32,
     pages: WordMap<u64, Mapped>,
-    /// Exits between pages of the process's code that are linked, and the pages: where they were when that was done.
+    /// Exits between pages of the process's code that are linked, and the pages it runs from: where they were when links
+    /// were made and calls began.
     links: Vec<u32>,
     code: WordMap<u64, u64>,
     maps: u32,
@@ -198,10 +199,14 @@ impl Window {
         }
     }
 
-    /// An exit was linked across pages: the link is good while those pages stay where they are.
-    pub(crate) fn note_link(&mut self, exit: u32, pages: impl Iterator<Item = (u64, u64)>) {
+    /// An exit was linked across pages: the link is good while the process's code stays where it is.
+    pub(crate) fn note_link(&mut self, exit: u32) {
         self.links.push(exit);
-        self.code.extend(pages);
+    }
+
+    /// Code of the process is at `gpa` now.
+    pub(crate) fn note_code(&mut self, page: u64, gpa: u64) {
+        self.code.insert(page, gpa);
     }
 
     /// All blocks are gone, and their links with them.
@@ -353,6 +358,7 @@ impl Engine {
 
     /// Undoes links between pages of the process's code.
     fn unlink_code(&mut self) {
+        self.forget_calls();
         self.window.code.clear();
         for x in std::mem::take(&mut self.window.links) {
             self.unlink(x);

@@ -24,6 +24,18 @@ impl Translator<'_> {
         self.fault_site(at, kind);
     }
 
+    /// Polls on the way to a known RIP. Leaves R11 as it was only if that is far away.
+    fn poll_before(&mut self, target: u64) {
+        if i32::try_from(target.wrapping_sub(self.start_rip) as i64).is_ok() {
+            self.poll(FaultKind::Poll { rip: target });
+        } else {
+            // Too far for a packed fault site: the state says where to go.
+            self.asm.mov_imm(H::RCX, target);
+            self.asm.store(M::gs(off::RIP), H::RCX);
+            self.poll(FaultKind::PollIndirect);
+        }
+    }
+
     /// Whether an exit to `target` may be a patchable jump.
     fn linkable(&self, target: u64) -> bool {
         !self.mode.alone()
@@ -40,15 +52,7 @@ impl Translator<'_> {
             return;
         }
         if backward {
-            let near = i32::try_from(target.wrapping_sub(self.start_rip) as i64).is_ok();
-            if near {
-                self.poll(FaultKind::Poll { rip: target });
-            } else {
-                // Too far for a packed fault site: the state says where to go.
-                self.asm.mov_imm(H::RCX, target);
-                self.asm.store(M::gs(off::RIP), H::RCX);
-                self.poll(FaultKind::PollIndirect);
-            }
+            self.poll_before(target);
         }
         if self.linkable(target) {
             let stub = self.asm.label();
@@ -109,6 +113,12 @@ impl Translator<'_> {
     }
 
     fn jump_through_cache_or(&mut self, view: usize, miss: Label) {
+        self.probe_jump_cache(view, miss);
+        self.asm.jmp_mem(M::gs_index(H::R11, 3, off::jc_hosts(view)));
+    }
+
+    /// Looks the RIP in RCX up; leaves the index in R11.
+    fn probe_jump_cache(&mut self, view: usize, miss: Label) {
         let a = &mut self.asm;
         let hit = a.label();
         a.store(M::gs(off::TMP), H::RDX);
@@ -119,7 +129,6 @@ impl Translator<'_> {
         a.jrcxz(hit);
         a.jmp(miss);
         a.bind(hit);
-        a.jmp_mem(M::gs_index(H::R11, 3, off::jc_hosts(view)));
     }
 
     /// Leaves for `next` by way of Rust when an interrupt waits for IF.
@@ -337,7 +346,37 @@ impl Translator<'_> {
         let target = self.branch_target(i);
         self.push_value(Value::Imm(self.cur_next), size, flags_live);
         self.adjust_rsp(-i32::from(size));
-        self.exit_to(target, self.mode, target <= i.ip());
+        if !self.has_frames() {
+            return self.exit_to(target, self.mode, target <= i.ip());
+        }
+        let backward = target <= i.ip();
+        if backward {
+            self.poll_before(target);
+        }
+        self.push_frame(!backward);
+        let stub = self.asm.label();
+        let patch = self.asm.call_patchable(stub);
+        self.add_exit(target, self.mode, patch, stub);
+        self.exit_to(self.cur_next, self.mode, false);
+    }
+
+    /// Whether calls and returns of this block go by the translated code's own stack.
+    fn has_frames(&self) -> bool {
+        self.mode.has(Mode::WINDOW) && !self.mode.alone()
+    }
+
+    /// Pushes the guest's return address on the translated code's stack, from R11 if it is `at_hand` there. The call must follow
+    /// before anything can fault: a frame is two words, always.
+    fn push_frame(&mut self, at_hand: bool) {
+        match i32::try_from(self.cur_next as i64) {
+            Ok(low) => self.asm.push_imm32(low),
+            Err(_) => {
+                if !at_hand {
+                    self.asm.mov_imm(H::R11, self.cur_next);
+                }
+                self.asm.push(H::R11);
+            }
+        }
     }
 
     /// Loads an indirect branch's target into `gs:[TMP+16]`.
@@ -374,8 +413,32 @@ impl Translator<'_> {
         }
         self.push_value(Value::Imm(self.cur_next), size, flags_live);
         self.adjust_rsp(-i32::from(size));
+        if !self.has_frames() {
+            self.asm.load(H::RCX, M::gs(off::TMP + 16));
+            return self.exit_rcx(i);
+        }
         self.asm.load(H::RCX, M::gs(off::TMP + 16));
-        self.exit_rcx(i);
+        self.asm.store(M::gs(off::RIP), H::RCX);
+        self.poll(FaultKind::PollIndirect);
+        self.push_frame(false);
+        let (miss, back) = (self.asm.label(), self.asm.label());
+        self.probe_jump_cache(self.mode.view(), miss);
+        self.asm.call_mem(M::gs_index(H::R11, 3, off::jc_hosts(self.mode.view())));
+        self.asm.bind(back);
+        self.exit_to(self.cur_next, self.mode, false);
+        self.missed_calls.push((miss, back, *i));
+    }
+
+    /// Behind the block: indirect calls whose target is not in the jump cache's first way. They must leave a frame too.
+    pub(crate) fn emit_missed_calls(&mut self) {
+        for (miss, back, i) in std::mem::take(&mut self.missed_calls) {
+            self.asm.bind(miss);
+            self.asm.lea_label(H::R11, back);
+            self.asm.push(H::R11);
+            let n = self.note_callout(&i, Action::Branch);
+            let lookup = self.lookup_stub(n, Thunk::lookup(self.mode.view()));
+            self.asm.jmp(lookup);
+        }
     }
 
     pub(crate) fn jmp_indirect(&mut self, i: &Instruction, flags_live: bool) {
@@ -403,7 +466,42 @@ impl Translator<'_> {
         let extra = if i.op_count() == 1 { i32::from(i.immediate16()) } else { 0 };
         self.load_from(Ea::stack(0, self.mode), size, Dest::Reg(H::RCX), flags_live);
         self.adjust_rsp(i32::from(size) + extra);
-        self.exit_rcx(i);
+        if !self.has_frames() {
+            return self.exit_rcx(i);
+        }
+        let a = &mut self.asm;
+        a.store(M::gs(off::RIP), H::RCX);
+        self.poll(FaultKind::PollIndirect);
+        let a = &mut self.asm;
+        let (ok, other) = (a.label(), a.label());
+        a.load(H::R11, M::base(H::RSP, 8));
+        a.not(H::R11);
+        a.lea(H::RCX, M { disp: 1, ..M::base_index(H::RCX, H::R11) });
+        a.jrcxz(ok);
+        a.jmp(other);
+        a.bind(ok);
+        a.ret8();
+        self.other_returns.push((other, *i));
+    }
+
+    /// Behind the block: returns to where the last call did not come from.
+    pub(crate) fn emit_other_returns(&mut self) {
+        for (label, i) in std::mem::take(&mut self.other_returns) {
+            let a = &mut self.asm;
+            a.bind(label);
+            // Drop the frame, unless it is the last one.
+            let last = a.label();
+            a.load(H::R11, M::gs(off::NEG_LAST_FRAME));
+            // RSP can be a base and no index.
+            a.lea(H::RCX, M::base_index(H::RSP, H::R11));
+            a.jrcxz(last);
+            a.lea(H::RSP, M::base(H::RSP, 16));
+            a.bind(last);
+            a.load(H::RCX, M::gs(off::RIP));
+            let n = self.note_callout(&i, Action::Branch);
+            let miss = self.lookup_stub(n, Thunk::lookup(self.mode.view()));
+            self.jump_through_cache_or(self.mode.view(), miss);
+        }
     }
 
     fn slot_of_ret(&self, i: &Instruction) -> u8 {

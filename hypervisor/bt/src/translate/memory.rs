@@ -352,6 +352,10 @@ impl Translator<'_> {
                 self.asm.mov_imm(H::R11, u64::from(s.site));
                 self.asm.call_gs(Thunk::Commit.offset());
             }
+            if let MemOp::Store(Value::Imm(v), 8) = s.op {
+                // A call's return address is needed once more.
+                self.asm.mov_imm(H::R11, v);
+            }
             self.asm.jmp(s.done);
         }
     }

@@ -82,6 +82,9 @@ pub(crate) struct Translator<'a> {
     exits: Vec<RawExit>,
     /// Side exits that cannot be linked: where they come from, the way they go.
     far_sides: Vec<(crate::asm::Label, u64)>,
+    /// Returns whose frame does not match, and indirect calls that miss, with where they return to: to be emitted.
+    other_returns: Vec<(crate::asm::Label, Instruction)>,
+    missed_calls: Vec<(crate::asm::Label, crate::asm::Label, Instruction)>,
     /// Stubs that go to the lookup: label, callout, which lookup.
     lookups: Vec<(crate::asm::Label, u32, Thunk)>,
     /// Exit stubs to be emitted: (exit, label).
@@ -161,6 +164,8 @@ impl<'a> Translator<'a> {
             slow: Vec::new(),
             exits: Vec::new(),
             far_sides: Vec::new(),
+            other_returns: Vec::new(),
+            missed_calls: Vec::new(),
             lookups: Vec::new(),
             stubs: Vec::new(),
         }
@@ -226,6 +231,8 @@ impl<'a> Translator<'a> {
         self.asm.cold();
         self.emit_slow_paths();
         self.emit_far_sides();
+        self.emit_other_returns();
+        self.emit_missed_calls();
         self.emit_stubs();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
         Translated {
