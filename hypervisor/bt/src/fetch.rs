@@ -3,7 +3,7 @@
 
 use crate::block::{Block, BlockId, Key, Mode, NO_EXIT};
 use crate::engine::Engine;
-use crate::state::{JC_ENTRIES, NO_SELECTOR};
+use crate::state::{JC_ENTRIES, JumpEntry, NO_SELECTOR};
 use crate::translate::{Decoded, Hint, Translator, decode};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::rflags;
@@ -172,19 +172,19 @@ impl Engine {
             self.shared().jc_mode[view] = shared.0;
         }
         let n = key.rip as usize & (JC_ENTRIES - 1);
-        let [jc, second] = &mut self.shared().jc[view].ways;
+        let [first, second] = &mut self.shared().jc[view].ways;
+        let entry = first[n];
         // A block whose last instruction crosses a page depends on a second mapping, which need not be global.
         let global = key.mode.has(Mode::GLOBAL) && !crosses;
         let tag = key.rip.wrapping_neg();
-        if jc.host[n] != 0 && jc.neg_rip[n] != tag {
-            (second.neg_rip[n], second.host[n]) = (jc.neg_rip[n], jc.host[n]);
+        if entry.host != 0 && entry.neg_rip != tag {
+            second[n] = entry;
         }
-        if jc.host[n] == 0 || self.jc_local[view][n] == global {
+        if entry.host == 0 || self.jc_local[view][n] == global {
             self.jc_used[view].note(n, global, JC_ENTRIES);
             self.jc_local[view][n] = !global;
         }
-        jc.neg_rip[n] = tag;
-        jc.host[n] = target;
+        first[n] = JumpEntry { neg_rip: tag, host: target };
         target
     }
 

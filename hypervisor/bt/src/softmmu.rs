@@ -3,7 +3,7 @@
 
 use crate::block::{BlockId, Site};
 use crate::engine::Engine;
-use crate::state::{TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
+use crate::state::{JumpEntry, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::{Env, Exception, Seg, ea};
 
@@ -374,8 +374,7 @@ impl Engine {
 
     pub(crate) fn clear_jump_cache_entry(&mut self, view: usize, n: usize) {
         for way in &mut self.shared().jc[view].ways {
-            way.neg_rip[n] = empty_jump_tag(n);
-            way.host[n] = 0;
+            way[n] = JumpEntry { neg_rip: empty_jump_tag(n), host: 0 };
         }
     }
 

@@ -39,20 +39,21 @@ pub(crate) const fn empty_ntag(index: usize) -> u64 {
     (((index ^ (TLB_ENTRIES / 2)) as u64) << 12).wrapping_neg()
 }
 
-/// Hash from guest RIP to host code, split in arrays that are indexed by the low bits of RIP. Two entries share an index: the
-/// first is looked at in line, the second by the thunk that a miss goes to.
+/// Hash from guest RIP to host code, indexed by the low bits of RIP. Two entries share an index: the first is looked at in
+/// line, the second by the thunk that a miss goes to.
 #[repr(C)]
 pub(crate) struct JumpCache {
-    pub(crate) ways: [JumpWay; 2],
+    pub(crate) ways: [[JumpEntry; JC_ENTRIES]; 2],
 }
 
-/// One entry per index.
+/// A place that code jumps to.
+#[derive(Clone, Copy)]
 #[repr(C)]
-pub(crate) struct JumpWay {
-    /// Negated RIP of the entry, or [`empty_jump_tag`].
-    pub(crate) neg_rip: [u64; JC_ENTRIES],
+pub(crate) struct JumpEntry {
+    /// Negated RIP, or [`empty_jump_tag`].
+    pub(crate) neg_rip: u64,
     /// Host address of the block.
-    pub(crate) host: [u64; JC_ENTRIES],
+    pub(crate) host: u64,
 }
 
 /// The tag of an empty entry: the negation of a RIP with another index. Zero wherever possible, for fresh memory is.
@@ -123,6 +124,7 @@ pub(crate) struct BtState {
     pub(crate) bounce: Bounce,
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; VIEWS],
     pub(crate) jc: [JumpCache; VIEWS],
+    /// From here on protections change, which huge pages do not survive.
     pub(crate) poll_page: PollPage,
     /// Without access: translated code that calls deeper than [`BtState::frames`] faults here.
     pub(crate) frame_guard: PollPage,
@@ -186,7 +188,7 @@ pub(crate) struct FastSegments {
 #[repr(C, align(64))]
 pub(crate) struct Bounce(pub(crate) [u8; 256]);
 
-/// The page that emitted loops read; protecting it makes them stop.
+/// A page that emitted code touches and that is protected to make it stop.
 #[repr(C, align(4096))]
 pub(crate) struct PollPage(pub(crate) [u8; 4096]);
 
@@ -291,13 +293,13 @@ pub(crate) mod off {
         (offset_of!(BtState, tlb) + size_of::<[TlbEntry; TLB_ENTRIES]>() * view + field) as i32
     }
 
-    /// The jump cache's tags in a view.
+    /// The jump cache's first tag in a view; entries are 16 bytes.
     pub(crate) fn jc_tags(view: usize) -> i32 {
         (offset_of!(BtState, jc) + size_of::<JumpCache>() * view) as i32
     }
 
-    /// The jump cache's targets in a view.
+    /// The jump cache's first target in a view.
     pub(crate) fn jc_hosts(view: usize) -> i32 {
-        jc_tags(view) + offset_of!(JumpWay, host) as i32
+        jc_tags(view) + offset_of!(JumpEntry, host) as i32
     }
 }

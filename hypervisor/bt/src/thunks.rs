@@ -11,7 +11,7 @@
 #![allow(unsafe_code)] // Naked functions: the boundary itself cannot be written in safe Rust.
 
 use crate::callouts;
-use crate::state::{BtState, JumpCache, JumpWay};
+use crate::state::{BtState, JumpCache, JumpEntry};
 use std::arch::naked_asm;
 use std::mem::offset_of;
 
@@ -294,6 +294,7 @@ pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
         "mov gs:[{tmp}+8], r11",
         "mov rcx, gs:[{rip}]",
         "pext r11, rcx, gs:[{mask}]",
+        "lea r11, [r11+r11]",
         "mov rdx, gs:[r11*8+{tags}]",
         "lea rcx, [rdx+rcx]",
         "mov rdx, gs:[{tmp}]",
@@ -305,8 +306,8 @@ pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
         tmp = const TMP,
         rip = const offset_of!(BtState, cpu.rip),
         mask = const offset_of!(BtState, jc_mask),
-        tags = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpWay>(),
-        hosts = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpWay>() + offset_of!(JumpWay, host),
+        tags = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpCache>() / 2,
+        hosts = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpCache>() / 2 + offset_of!(JumpEntry, host),
         miss = sym lookup,
     )
 }

@@ -73,6 +73,9 @@ impl fmt::Display for BtError {
 
 impl std::error::Error for BtError {}
 
+/// Size of a huge page.
+const HUGE: usize = 2 << 20;
+
 /// The memory of one [`BtState`], kept alive by the vCPU and by every kick handle.
 pub(crate) struct StateMemory {
     state: NonNull<BtState>,
@@ -88,7 +91,7 @@ impl StateMemory {
     pub(crate) fn new() -> Result<Arc<Self>, BtError> {
         // The low window lies at a fixed distance from the state. What cannot have the whole span does without windows.
         Self::with_span(LOW_SPAN)
-            .or_else(|| Self::with_span(size_of::<BtState>()))
+            .or_else(|| Self::with_span(size_of::<BtState>().next_multiple_of(4096)))
             .map(Arc::new)
             .ok_or_else(|| BtError::Host("no memory for the vCPU's state".into()))
     }
@@ -99,14 +102,24 @@ impl StateMemory {
         // BtState.
         unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            let p = libc::mmap(std::ptr::null_mut(), span, libc::PROT_NONE, flags, -1, 0);
-            if p == libc::MAP_FAILED {
+            // Huge pages want addresses that are multiples of their size: reserve more, and give the rest back.
+            let all = libc::mmap(std::ptr::null_mut(), span + HUGE, libc::PROT_NONE, flags, -1, 0);
+            if all == libc::MAP_FAILED {
                 return None;
             }
+            let p = (all as usize).next_multiple_of(HUGE) as *mut libc::c_void;
+            let head = p as usize - all as usize;
+            if head > 0 {
+                libc::munmap(all, head);
+            }
+            libc::munmap(p.cast::<u8>().add(span).cast(), HUGE - head);
             if libc::mprotect(p, size_of::<BtState>(), libc::PROT_READ | libc::PROT_WRITE) != 0 {
                 libc::munmap(p, span);
                 return None;
             }
+            // Advice: the user view's jump cache is what programs use most.
+            let jc = offset_of!(BtState, jc) / HUGE * HUGE;
+            libc::madvise(p.cast::<u8>().add(jc).cast(), HUGE, libc::MADV_HUGEPAGE);
             let guard = p.cast::<u8>().add(offset_of!(BtState, frame_guard));
             if libc::mprotect(guard.cast(), size_of::<PollPage>(), libc::PROT_NONE) != 0 {
                 libc::munmap(p, span);

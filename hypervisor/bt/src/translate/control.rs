@@ -9,7 +9,7 @@ use super::{RawExit, Translator};
 use crate::asm::{Asm, Base, H, Label, M};
 use crate::block::{Action, FaultKind, Mode, NO_CALLOUT};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
-use crate::state::{JC_ENTRIES, Thunk, off};
+use crate::state::{JC_ENTRIES, JumpEntry, Thunk, off};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 impl Translator<'_> {
@@ -123,6 +123,7 @@ impl Translator<'_> {
         let hit = a.label();
         a.store(M::gs(off::TMP), H::RDX);
         a.pext(H::R11, H::RCX, M::gs(off::JC_MASK));
+        a.lea(H::R11, M::base_index(H::R11, H::R11));
         a.load(H::RDX, M::gs_index(H::R11, 3, off::jc_tags(view)));
         a.lea(H::RCX, M::base_index(H::RDX, H::RCX));
         a.load(H::RDX, M::gs(off::TMP));
@@ -564,7 +565,7 @@ impl Translator<'_> {
 
 /// Goes through the jump cache to a RIP that is known when the code is made and is already in RCX and in the state.
 fn lookup_constant(a: &mut Asm, target: u64, view: usize, miss: Label) {
-    let slot = (target as usize & (JC_ENTRIES - 1)) as i32 * 8;
+    let slot = ((target as usize & (JC_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
     let hit = a.label();
     a.load(H::R11, M::gs(off::jc_tags(view) + slot));
     a.lea(H::RCX, M::base_index(H::R11, H::RCX));
