@@ -120,6 +120,7 @@ enum Fix {
 #[allow(dead_code)]
 pub(crate) mod cc {
     pub(crate) const A: u8 = 7;
+    pub(crate) const NC: u8 = 3;
     pub(crate) const NE: u8 = 5;
     pub(crate) const E: u8 = 4;
 }
@@ -433,6 +434,12 @@ impl Asm {
             self.rr(false, &[0x81], 7, d);
             self.imm32(v);
         }
+    }
+
+    /// CF = bit `n` of `r`; the other flags are undefined.
+    pub(crate) fn bt_flags(&mut self, r: H, n: u8) {
+        self.rr(true, &[0x0f, 0xba], 4, r);
+        self.b(&[n]);
     }
 
     pub(crate) fn jcc(&mut self, cond: u8, l: Label) {

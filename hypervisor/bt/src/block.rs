@@ -343,7 +343,7 @@ pub(crate) enum FaultKind {
     Window { site: u32, borrowed: Option<u8> },
     /// A poll of the request page before going to RIP.
     Poll { rip: u64 },
-    /// A poll of the request page; the target is in `cpu.rip` already.
+    /// A poll of the request page; the target is in RCX.
     PollIndirect,
 }
 

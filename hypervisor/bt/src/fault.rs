@@ -180,7 +180,10 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             st.cpu.rip = rip;
             st.fault_vector = POLL;
         }
-        FaultKind::PollIndirect => st.fault_vector = POLL,
+        FaultKind::PollIndirect => {
+            st.cpu.rip = regs[libc::REG_RCX as usize] as u64;
+            st.fault_vector = POLL;
+        }
     }
     regs[libc::REG_RIP as usize] = crate::thunks::fault as *const () as i64;
     true

@@ -141,8 +141,8 @@ const FRAME_WORDS: usize = 1 << 17;
 pub(crate) struct Frames([u64; FRAME_WORDS]);
 
 impl Frames {
-    /// A return address that no guest can return to: it is not canonical.
-    const NOWHERE: u64 = 1 << 63 | 1;
+    /// The complement of a return address that no guest can return to: it is not canonical.
+    const NOWHERE: u64 = 1 << 62 | 1;
 
     /// Forgets all calls; gives the stack pointer. `underflow` is where a return without a call would go.
     pub(crate) fn reset(&mut self, underflow: u64) -> u64 {

@@ -10,7 +10,9 @@
 //! | high | 2^46 to 2^47: position-independent programs, libraries, stacks | lower by [`HIGH_DISTANCE`] | FS |
 //! | low | below 2^32: other programs and their heaps | the vCPU's state + [`LOW_DISTANCE`] | GS |
 //!
-//! **Isolation.** Emitted code checks the base register (or the whole address) before it uses a prefix, and what is
+//! **Isolation.** Emitted code checks the base register (or the whole address) before it uses a prefix. For the high window one bit
+//! is enough: an address that has it and any higher bit too is not canonical on the host, or nothing is mapped there, once the
+//! distance is subtracted, which borrows from no higher bit. What is
 //! unmapped around both windows is wider than any displacement, and any sum of the constants that a block may add to a
 //! register that it has checked. Both ranges are reserved as a whole; nothing else can ever be mapped there.
 //!
@@ -32,12 +34,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// An address belongs to the high window when this many bits shifted out leave 1.
+/// An address belongs to the high window when this many bits shifted out leave 1. Emitted code looks at this bit alone.
 pub(crate) const HIGH_SHIFT: u8 = 46;
 /// An address belongs to the low window when this many bits shifted out leave 0.
 pub(crate) const LOW_SHIFT: u8 = 32;
-/// The bits that [`HIGH_SHIFT`] leaves.
-pub(crate) const HIGH_MASK: u64 = !0 << HIGH_SHIFT;
+/// The bit that tells the high window.
+pub(crate) const HIGH_MASK: u64 = 1 << HIGH_SHIFT;
 /// The bits that [`LOW_SHIFT`] leaves.
 pub(crate) const LOW_MASK: u64 = !0 << LOW_SHIFT;
 /// How far below the guest's addresses the high window is.

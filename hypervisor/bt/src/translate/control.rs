@@ -86,16 +86,43 @@ impl Translator<'_> {
 
     /// Leaves for the RIP in RCX, which the branch instruction `i` has put there.
     pub(crate) fn exit_rcx(&mut self, i: &Instruction) {
-        self.asm.store(M::gs(off::RIP), H::RCX);
         let n = self.note_callout(i, Action::Branch);
         if self.mode.alone() || !self.mode.has(Mode::FLAT) {
+            self.asm.store(M::gs(off::RIP), H::RCX);
             let lookup = self.lookup_stub(n, Thunk::Lookup);
             self.asm.jmp(lookup);
             return;
         }
-        let miss = self.lookup_stub(n, Thunk::lookup(self.mode.view()));
+        let miss = self.missed_jump(n);
         self.poll(FaultKind::PollIndirect);
         self.jump_through_cache_or(self.mode.view(), miss);
+    }
+
+    /// A place behind the block that goes on with the lookup when [`Self::probe_jump_cache`] fails.
+    fn missed_jump(&mut self, callout: u32) -> Label {
+        let label = self.asm.label();
+        self.missed_jumps.push((label, callout));
+        label
+    }
+
+    /// Behind the block: what was probed for is found again from what the probe left.
+    pub(crate) fn emit_missed_jumps(&mut self) {
+        let view = self.mode.view();
+        for (label, callout) in std::mem::take(&mut self.missed_jumps) {
+            self.asm.bind(label);
+            self.recover_rip(view);
+            let lookup = self.lookup_stub(callout, Thunk::lookup(view));
+            self.asm.jmp(lookup);
+        }
+    }
+
+    /// After a probe that failed: RCX = RIP + tag, R11 = twice the index. Stores RIP.
+    fn recover_rip(&mut self, view: usize) {
+        let a = &mut self.asm;
+        a.load(H::R11, M::gs_index(H::R11, 3, off::jc_tags(view)));
+        a.not(H::R11);
+        a.lea(H::RCX, M { disp: 1, ..M::base_index(H::RCX, H::R11) });
+        a.store(M::gs(off::RIP), H::RCX);
     }
 
     /// Leaves for the RIP in RCX when a single step is complete there.
@@ -366,15 +393,16 @@ impl Translator<'_> {
         self.mode.has(Mode::WINDOW) && !self.mode.alone()
     }
 
-    /// Pushes the guest's return address on the translated code's stack, from R11 if it is `at_hand` there. The call must follow
+    /// Pushes the complement of the guest's return address on the translated code's stack, from R11 if it is `at_hand` there. The call must follow
     /// before anything can fault: a frame is two words, always.
     fn push_frame(&mut self, at_hand: bool) {
-        match i32::try_from(self.cur_next as i64) {
+        match i32::try_from(!self.cur_next as i64) {
             Ok(low) => self.asm.push_imm32(low),
             Err(_) => {
                 if !at_hand {
                     self.asm.mov_imm(H::R11, self.cur_next);
                 }
+                self.asm.not(H::R11);
                 self.asm.push(H::R11);
             }
         }
@@ -419,7 +447,6 @@ impl Translator<'_> {
             return self.exit_rcx(i);
         }
         self.asm.load(H::RCX, M::gs(off::TMP + 16));
-        self.asm.store(M::gs(off::RIP), H::RCX);
         self.poll(FaultKind::PollIndirect);
         self.push_frame(false);
         let (miss, back) = (self.asm.label(), self.asm.label());
@@ -434,6 +461,7 @@ impl Translator<'_> {
     pub(crate) fn emit_missed_calls(&mut self) {
         for (miss, back, i) in std::mem::take(&mut self.missed_calls) {
             self.asm.bind(miss);
+            self.recover_rip(self.mode.view());
             self.asm.lea_label(H::R11, back);
             self.asm.push(H::R11);
             let n = self.note_callout(&i, Action::Branch);
@@ -470,13 +498,10 @@ impl Translator<'_> {
         if !self.has_frames() {
             return self.exit_rcx(i);
         }
-        let a = &mut self.asm;
-        a.store(M::gs(off::RIP), H::RCX);
-        self.poll(FaultKind::PollIndirect);
+        // No poll: whoever goes round and round returns to where no call was made, jumps back, or jumps or calls indirectly.
         let a = &mut self.asm;
         let (ok, other) = (a.label(), a.label());
         a.load(H::R11, M::base(H::RSP, 8));
-        a.not(H::R11);
         a.lea(H::RCX, M { disp: 1, ..M::base_index(H::RCX, H::R11) });
         a.jrcxz(ok);
         a.jmp(other);
@@ -490,6 +515,11 @@ impl Translator<'_> {
         for (label, i) in std::mem::take(&mut self.other_returns) {
             let a = &mut self.asm;
             a.bind(label);
+            // RCX is the distance from the address expected.
+            a.load(H::R11, M::base(H::RSP, 8));
+            a.not(H::R11);
+            a.lea(H::RCX, M::base_index(H::RCX, H::R11));
+            a.store(M::gs(off::RIP), H::RCX);
             // Drop the frame, unless it is the last one.
             let last = a.label();
             a.load(H::R11, M::gs(off::NEG_LAST_FRAME));
@@ -499,6 +529,7 @@ impl Translator<'_> {
             a.lea(H::RSP, M::base(H::RSP, 16));
             a.bind(last);
             a.load(H::RCX, M::gs(off::RIP));
+            self.poll(FaultKind::PollIndirect);
             let n = self.note_callout(&i, Action::Branch);
             let miss = self.lookup_stub(n, Thunk::lookup(self.mode.view()));
             self.jump_through_cache_or(self.mode.view(), miss);

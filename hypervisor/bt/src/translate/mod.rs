@@ -85,6 +85,7 @@ pub(crate) struct Translator<'a> {
     /// Returns whose frame does not match, and indirect calls that miss, with where they return to: to be emitted.
     other_returns: Vec<(crate::asm::Label, Instruction)>,
     missed_calls: Vec<(crate::asm::Label, crate::asm::Label, Instruction)>,
+    missed_jumps: Vec<(crate::asm::Label, u32)>,
     /// Stubs that go to the lookup: label, callout, which lookup.
     lookups: Vec<(crate::asm::Label, u32, Thunk)>,
     /// Exit stubs to be emitted: (exit, label).
@@ -166,6 +167,7 @@ impl<'a> Translator<'a> {
             far_sides: Vec::new(),
             other_returns: Vec::new(),
             missed_calls: Vec::new(),
+            missed_jumps: Vec::new(),
             lookups: Vec::new(),
             stubs: Vec::new(),
         }
@@ -233,6 +235,7 @@ impl<'a> Translator<'a> {
         self.emit_far_sides();
         self.emit_other_returns();
         self.emit_missed_calls();
+        self.emit_missed_jumps();
         self.emit_stubs();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
         Translated {

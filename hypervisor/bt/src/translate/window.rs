@@ -223,10 +223,6 @@ impl Translator<'_> {
     /// Jumps to `fail` unless the subject lies in the window; gives the place of the jump's displacement. Clobbers RCX.
     fn emit_check(&mut self, region: Region, subject: Subject, flags_live: bool, fail: Label) -> u32 {
         let a = &mut self.asm;
-        let shift = match region {
-            Region::High => HIGH_SHIFT,
-            Region::Low => LOW_SHIFT,
-        };
         match subject {
             Subject::Register(h) if flags_live => {
                 let ok = a.label();
@@ -242,14 +238,23 @@ impl Translator<'_> {
                 a.bind(ok);
                 return patch;
             }
+            Subject::Register(h) if region == Region::High => {
+                a.bt_flags(h, HIGH_SHIFT);
+                return a.jump_patchable(Some(cc::NC), fail);
+            }
             Subject::Register(h) => a.mov(H::RCX, h),
             Subject::Address(m) => a.lea(H::RCX, m),
         }
-        a.shr_flags(H::RCX, shift);
-        if region == Region::High {
-            a.cmp32_imm_flags(H::RCX, 1);
+        match region {
+            Region::High => {
+                a.bt_flags(H::RCX, HIGH_SHIFT);
+                a.jump_patchable(Some(cc::NC), fail)
+            }
+            Region::Low => {
+                a.shr_flags(H::RCX, LOW_SHIFT);
+                a.jump_patchable(Some(cc::NE), fail)
+            }
         }
-        a.jump_patchable(Some(cc::NE), fail)
     }
 
     /// Behind the block: the same access through the other window, or on to the slow path.
