@@ -247,7 +247,7 @@ pub(crate) struct Site {
     pub(crate) stack: bool,
     /// Where the slow path begins, for accesses through a window: an offset in the block as it was assembled.
     pub(crate) slow: u32,
-    /// The access goes through a window.
+    /// The access goes through a window; for a string instruction, through the high one.
     pub(crate) window: bool,
     /// The block has x87/SIMD state live.
     pub(crate) simd: bool,
@@ -309,12 +309,14 @@ impl FaultSite {
     const POLL: u8 = 0xff;
     const POLL_INDIRECT: u8 = 0xfe;
     const WINDOW: u8 = 0x40;
+    const STRING: u8 = 0xfd;
 
     /// Packs what stands at `at`. `None`: the RIP is too far away.
     pub(crate) fn new(at: u32, kind: FaultKind, start_rip: u64) -> Option<Self> {
         let (delta, what) = match kind {
             FaultKind::Guest { delta, borrowed } => (i32::try_from(delta).ok()?, borrowed.map_or(0, |h| h + 1)),
             FaultKind::Window { site, borrowed } => (site as i32, Self::WINDOW | borrowed.map_or(0, |h| h + 1)),
+            FaultKind::String { site } => (site as i32, Self::STRING),
             FaultKind::Poll { rip } => (i32::try_from(rip.wrapping_sub(start_rip) as i64).ok()?, Self::POLL),
             FaultKind::PollIndirect => (0, Self::POLL_INDIRECT),
         };
@@ -326,6 +328,7 @@ impl FaultSite {
         match self.what {
             Self::POLL => FaultKind::Poll { rip: start_rip.wrapping_add(i64::from(self.delta) as u64) },
             Self::POLL_INDIRECT => FaultKind::PollIndirect,
+            Self::STRING => FaultKind::String { site: self.delta as u32 },
             n if n & Self::WINDOW != 0 => {
                 FaultKind::Window { site: self.delta as u32, borrowed: (n & !Self::WINDOW).checked_sub(1) }
             }
@@ -341,6 +344,9 @@ pub(crate) enum FaultKind {
     Guest { delta: u32, borrowed: Option<u8> },
     /// An access through a window; `borrowed` as above.
     Window { site: u32, borrowed: Option<u8> },
+    /// A REP string instruction on the host addresses of a window: [`Site::read`] if RSI takes part, [`Site::window`] for the
+    /// high window.
+    String { site: u32 },
     /// A poll of the request page before going to RIP.
     Poll { rip: u64 },
     /// A poll of the request page; the target is in RCX.

@@ -146,6 +146,11 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
             return e.raise_and_go(Exception::Debug(1 << 14), rip);
         }
     }
+    if mode.has(Mode::WINDOW) && e.string_in_window(&i) {
+        // A page came into the windows: the instruction goes on by itself.
+        st.rip = i.ip();
+        return e.go();
+    }
     e.stats.emulated += 1;
     e.emulated[i.mnemonic() as usize] += 1;
     match i.mnemonic() {
@@ -199,6 +204,20 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
             };
             e.raise_and_go(exc, rip)
         }
+    }
+}
+
+impl Engine {
+    /// Brings the pages that a REP MOVS or REP STOS is at into the windows; false when there is nothing to bring.
+    fn string_in_window(&mut self, i: &iced_x86::Instruction) -> bool {
+        use Mnemonic as M;
+        let movs = matches!(i.mnemonic(), M::Movsb | M::Movsw | M::Movsd | M::Movsq);
+        if !movs && !matches!(i.mnemonic(), M::Stosb | M::Stosw | M::Stosd | M::Stosq) || !i.has_rep_prefix() {
+            return false;
+        }
+        let st = self.cpu();
+        let (rsi, rdi) = (st.gpr[Reg::Rsi as usize], st.gpr[Reg::Rdi as usize]);
+        (movs && self.map_in_window(rsi, false)) | self.map_in_window(rdi, true)
     }
 }
 

@@ -102,6 +102,11 @@ impl Engine {
         if matches!(exc, Exception::PageFault { .. }) {
             self.stats.page_faults += 1;
         }
+        if let Exception::PageFault { addr, .. } = exc
+            && self.cpu().cpl == 3
+        {
+            self.expect_in_window(addr);
+        }
         let st = self.cpu();
         st.rip = rip;
         if let Err(stop) = interrupt::deliver(st, self, exc) {

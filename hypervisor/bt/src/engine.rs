@@ -206,6 +206,9 @@ impl Engine {
         let ram = Ram::new(mem);
         let window = Window::new(&memory, &ram, cfg.windows);
         (st.high_mask, st.low_mask) = (crate::window::HIGH_MASK, crate::window::LOW_MASK);
+        st.high_back = crate::window::HIGH_DISTANCE;
+        st.low_offset = state as u64 + crate::window::LOW_DISTANCE as u64;
+        (st.high_offset, st.low_back) = (st.high_back.wrapping_neg(), st.low_offset.wrapping_neg());
         let mut e = Self {
             id,
             state,

@@ -176,6 +176,18 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             st.cpu.rip = b.key.rip.wrapping_add(u64::from(s.delta));
             st.fault_vector = trap;
         }
+        FaultKind::String { site } => {
+            let s = &e.tables.sites[site as usize];
+            let back = if s.window { st.high_back } else { st.low_back } as i64;
+            regs[libc::REG_RDI as usize] = regs[libc::REG_RDI as usize].wrapping_add(back);
+            if s.read {
+                regs[libc::REG_RSI as usize] = regs[libc::REG_RSI as usize].wrapping_add(back);
+            }
+            regs[greg(H::GUEST_RCX)] = regs[libc::REG_RCX as usize];
+            let b = &e.tables.blocks[s.block as usize];
+            regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
+            return true;
+        }
         FaultKind::Poll { rip } => {
             st.cpu.rip = rip;
             st.fault_vector = POLL;

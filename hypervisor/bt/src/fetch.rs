@@ -167,7 +167,7 @@ impl Engine {
         let view = key.mode.view();
         // Global or not is a property of the page, not of the code that looks things up.
         let shared = Mode(key.mode.0 & !Mode::GLOBAL);
-        if self.shared().jc_mode[view] != shared.0 {
+        if self.shared().jc_mode[view] != shared.0 && !self.ungate(shared) {
             self.flush_jump_cache(view);
             self.shared().jc_mode[view] = shared.0;
         }

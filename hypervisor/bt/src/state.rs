@@ -88,6 +88,11 @@ pub(crate) struct BtState {
     /// Masks of the address bits that tell the windows apart (for PEXT), see [`crate::window`].
     pub(crate) high_mask: u64,
     pub(crate) low_mask: u64,
+    /// What leads from guest addresses to the windows' host addresses, and back.
+    pub(crate) high_offset: u64,
+    pub(crate) high_back: u64,
+    pub(crate) low_offset: u64,
+    pub(crate) low_back: u64,
     /// FS base for translated code while a window is in use, else zero: FS is then left alone.
     pub(crate) window_fs: u64,
     /// FS base of Rust code on the thread that runs the vCPU.
@@ -249,6 +254,10 @@ pub(crate) mod off {
     pub(crate) const MASK15: i32 = offset_of!(BtState, mask15) as i32;
     pub(crate) const HIGH_MASK: i32 = offset_of!(BtState, high_mask) as i32;
     pub(crate) const LOW_MASK: i32 = offset_of!(BtState, low_mask) as i32;
+    pub(crate) const HIGH_OFFSET: i32 = offset_of!(BtState, high_offset) as i32;
+    pub(crate) const HIGH_BACK: i32 = offset_of!(BtState, high_back) as i32;
+    pub(crate) const LOW_OFFSET: i32 = offset_of!(BtState, low_offset) as i32;
+    pub(crate) const LOW_BACK: i32 = offset_of!(BtState, low_back) as i32;
     pub(crate) const NEG_LAST_FRAME: i32 = offset_of!(BtState, neg_last_frame) as i32;
     pub(crate) const MODE: i32 = offset_of!(BtState, mode) as i32;
     pub(crate) const IRQ_WINDOW: i32 = offset_of!(BtState, irq_window) as i32;

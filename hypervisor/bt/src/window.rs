@@ -58,12 +58,16 @@ const HIGH_RESERVED: std::ops::Range<u64> = 0x14c0_0000_0000..0x5540_0000_0000;
 pub(crate) static IN_USE: AtomicBool = AtomicBool::new(false);
 
 const PAGE: u64 = 4096;
+/// Mode word of a jump cache that must not be used before pending pages are seen to.
+const GATED: u32 = NO_MODE - 1;
 /// Pages around a missing one that are mapped with it, if the guest has used them.
 const AROUND: u64 = 16;
 /// Calls of mmap between two clearings: each may cost a mapping, and a process has 65,530 of them.
 const MAX_MAPS: u32 = 24_000;
-/// What one call costs about, for the decision whether windows pay.
-const MAP_COST: Duration = Duration::from_nanos(2500);
+/// What a signal costs about, for the decision whether windows pay.
+const SIGNAL_COST: Duration = Duration::from_nanos(1500);
+/// Samples of excessive cost, less those of moderate cost, after which the windows are taken away.
+const PATIENCE: u32 = 3;
 /// Timer interrupts in a row that must find the same process computing.
 const FIRST_NEED: u32 = 2;
 const LAST_NEED: u32 = 256;
@@ -116,9 +120,12 @@ pub(crate) struct Window {
     links: Vec<u32>,
     code: WordMap<u64, u64>,
     maps: u32,
-    /// Calls of mmap since the last sample, and when that was.
-    calls: u32,
+    /// Time spent on the windows since the last sample, and when that was.
+    cost: Duration,
     sampled: Instant,
+    /// Pages whose translation the guest has flushed, or that it has just been told are missing: seen to before user code
+    /// runs again.
+    pending: Vec<u64>,
     costly: u32,
     /// A process that may get the windows: root, interrupts that found it computing.
     candidate: (u64, u32),
@@ -143,7 +150,8 @@ impl Window {
             links: Vec::new(),
             code: WordMap::default(),
             maps: 0,
-            calls: 0,
+            cost: Duration::ZERO,
+            pending: Vec::new(),
             sampled: Instant::now(),
             costly: 0,
             candidate: (0, 0),
@@ -166,7 +174,7 @@ impl Window {
     /// Maps or (without a file) unmaps pages. False when the host refuses.
     fn call(&mut self, la: u64, pages: u64, file: Option<(i32, u64)>, writable: bool) -> bool {
         let Some(at) = self.host(la) else { return false };
-        self.calls += 1;
+        let began = Instant::now();
         self.maps += 1;
         let (prot, flags, fd, offset) = match file {
             Some((fd, offset)) => {
@@ -180,14 +188,16 @@ impl Window {
         let r = unsafe {
             libc::mmap(at as *mut libc::c_void, (pages * PAGE) as usize, prot, flags | libc::MAP_FIXED, fd, offset)
         };
+        self.cost += began.elapsed();
         r != libc::MAP_FAILED
     }
 
     /// Unmaps everything.
     fn clear(&mut self) {
+        let began = Instant::now();
         self.pages.clear();
+        self.pending.clear();
         self.maps = 0;
-        self.calls += 1;
         let Some(low) = self.low else { return };
         let ranges = [(HIGH_RESERVED.start, HIGH_RESERVED.end - HIGH_RESERVED.start), (low, 1 << LOW_SHIFT)];
         for (start, len) in ranges {
@@ -199,6 +209,7 @@ impl Window {
                 self.give_up();
             }
         }
+        self.cost += began.elapsed();
     }
 
     /// An exit was linked across pages: the link is good while the process's code stays where it is.
@@ -309,7 +320,10 @@ impl Engine {
         w.stale |= owner.1 != now.1;
         owner.1 = now.1;
         if w.stale {
+            w.pending.clear();
             self.revalidate();
+        } else if !w.pending.is_empty() {
+            self.see_to_pending();
         }
         if self.window.low.is_some() && !self.window.active {
             self.activate(true);
@@ -340,12 +354,12 @@ impl Engine {
         let w = &mut self.window;
         let elapsed = w.sampled.elapsed();
         w.sampled = Instant::now();
-        let cost = MAP_COST * std::mem::take(&mut w.calls);
+        let cost = std::mem::take(&mut w.cost);
         if w.owner.is_some_and(|o| o.0 == now.0) {
             w.candidate = (0, 0);
-            // Mapping may take half the time for a few ticks, while a working set comes in, but not for long.
-            w.costly = if cost * 3 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
-            if w.costly > 8 {
+            // Mapping may take its time for a few ticks, while a working set comes in, but not for long.
+            w.costly = if cost * 4 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
+            if w.costly > PATIENCE {
                 self.take_window();
             }
             return;
@@ -374,7 +388,7 @@ impl Engine {
         w.clear();
         if w.low.is_some() {
             w.owner = Some(to);
-            (w.stale, w.costly, w.calls, w.votes) = (false, 0, 0, 0);
+            (w.stale, w.costly, w.cost, w.votes) = (false, 0, Duration::ZERO, 0);
             self.stats.windows_given += 1;
         }
     }
@@ -416,7 +430,12 @@ impl Engine {
     }
 
     fn flush_window_page(&mut self, la: u64) {
-        self.window.drop_page(la);
+        if self.window.active && self.window.pages.contains_key(&(la & !(PAGE - 1))) {
+            // More often than not there is another page in its place when user code gets there.
+            self.await_page(la);
+        } else {
+            self.window.drop_page(la);
+        }
         // A large page goes as a whole.
         if self.window.code.keys().any(|page| page >> 21 == la >> 21) {
             self.unlink_code();
@@ -427,6 +446,48 @@ impl Engine {
     pub(crate) fn protect_in_window(&mut self, gpa: u64) {
         if self.window.owner.is_some() {
             self.window.protect(gpa, &self.ram);
+        }
+    }
+
+    /// User code is about to miss a page that the guest's kernel has been told of: if it is there when user code goes on, that
+    /// saves a signal.
+    pub(crate) fn expect_in_window(&mut self, la: u64) {
+        if self.window.active && self.window.host(la).is_some() {
+            self.await_page(la);
+        }
+    }
+
+    /// Sees to a page before user code runs again, which it must not do without coming here.
+    fn await_page(&mut self, la: u64) {
+        self.window.pending.push(la & !(PAGE - 1));
+        self.shared().jc_mode[Mode::VIEW_USER as usize] = GATED;
+    }
+
+    /// Whether the jump cache of the user view holds what its mode word would say, were it not for pending pages.
+    pub(crate) fn ungate(&mut self, mode: Mode) -> bool {
+        let word = &mut self.shared().jc_mode[Mode::VIEW_USER as usize];
+        let gated = *word == GATED && self.window.active && mode.has(Mode::WINDOW);
+        if gated {
+            *word = mode.0;
+        }
+        gated
+    }
+
+    /// Maps, maps anew or unmaps what is pending.
+    fn see_to_pending(&mut self) {
+        for page in std::mem::take(&mut self.window.pending) {
+            let mut cached = None;
+            let wanted = self.wanted(page, &mut cached);
+            match (wanted, self.window.pages.get(&page).copied()) {
+                (Some(w), Some(m)) if w == m => {}
+                (Some(w), None) if w.large => {}
+                (Some(w), m) if !w.large && m.is_none_or(|m| !m.large) => {
+                    if !self.map_run(page, w, 1) {
+                        self.window.clear();
+                    }
+                }
+                _ => self.window.drop_page(page),
+            }
         }
     }
 
@@ -504,9 +565,9 @@ impl Engine {
     /// when that changes nothing, because no window covers it, or it is there already, or the host refuses.
     pub(crate) fn map_in_window(&mut self, la: u64, write: bool) -> bool {
         let page = la & !(PAGE - 1);
+        self.window.cost += SIGNAL_COST;
         if self.window.owner.is_none_or(|o| o.0 != space(self.cpu()).0) || self.window.host(page).is_none() {
-            // An address that no window covers costs as much as a mapping, every time.
-            self.window.calls += 1;
+            // An address that no window covers costs a signal, every time.
             return false;
         }
         if self.window.maps > MAX_MAPS {

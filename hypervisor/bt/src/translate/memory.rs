@@ -300,6 +300,28 @@ impl Translator<'_> {
         self.tables.sites.len() as u32 - 1
     }
 
+    /// Records a string instruction that runs in a window; gives its number.
+    pub(super) fn note_string_site(&mut self, movs: bool, high: bool) -> u32 {
+        self.tables.sites.push(Site {
+            block: self.block,
+            delta: self.cur_delta(),
+            retry: 0,
+            slow: 0,
+            window: high,
+            size: 0,
+            read: movs,
+            write: true,
+            stack: false,
+            simd: self.simd,
+            x87: false,
+            late_fault: false,
+            masked: false,
+            align: 0,
+            seg: 3,
+        });
+        self.tables.sites.len() as u32 - 1
+    }
+
     /// RCX = linear address in; operand at `[r11 + rcx]` out, or a jump to `slow`.
     pub(super) fn emit_lookup(&mut self, size: u16, write: bool, flags_live: bool, slow: Label) {
         let view = self.mode.view();

@@ -86,6 +86,7 @@ pub(crate) struct Translator<'a> {
     other_returns: Vec<(crate::asm::Label, Instruction)>,
     missed_calls: Vec<(crate::asm::Label, crate::asm::Label, Instruction)>,
     missed_jumps: Vec<(crate::asm::Label, u32)>,
+    slow_strings: Vec<string::SlowString>,
     /// Stubs that go to the lookup: label, callout, which lookup.
     lookups: Vec<(crate::asm::Label, u32, Thunk)>,
     /// Exit stubs to be emitted: (exit, label).
@@ -168,6 +169,7 @@ impl<'a> Translator<'a> {
             other_returns: Vec::new(),
             missed_calls: Vec::new(),
             missed_jumps: Vec::new(),
+            slow_strings: Vec::new(),
             lookups: Vec::new(),
             stubs: Vec::new(),
         }
@@ -232,6 +234,7 @@ impl<'a> Translator<'a> {
         }
         self.asm.cold();
         self.emit_slow_paths();
+        self.emit_slow_strings();
         self.emit_far_sides();
         self.emit_other_returns();
         self.emit_missed_calls();

@@ -6,8 +6,8 @@
 
 use super::Translator;
 use super::memory::{Access, Dest, Ea, MemOp, Value};
-use crate::asm::{Base, H, M, cc};
-use crate::block::{Action, Mode};
+use crate::asm::{Base, H, Label, M, cc};
+use crate::block::{Action, FaultKind, Mode};
 use crate::state::off;
 use iced_x86::{Instruction, Mnemonic, Register};
 
@@ -36,6 +36,7 @@ impl Translator<'_> {
         }
         match (rep, reads, writes) {
             (false, _, _) => self.string_once(reads, writes, size, flags_live),
+            (true, _, true) if self.mode.has(Mode::WINDOW) => self.string_rep_window(i, reads, size, flags_live),
             (true, _, true) => self.string_rep(i, reads, size, flags_live),
             _ => self.callout(i, Action::Emulate),
         }
@@ -133,4 +134,77 @@ impl Translator<'_> {
         self.callout(i, Action::Emulate);
         self.asm.bind(end);
     }
+
+    /// REP MOVS and REP STOS on operands that lie in one window as a whole: the host's own instruction runs on the host's
+    /// addresses, however many pages it crosses. If it faults, the signal handler turns the registers back, and Rust goes on.
+    fn string_rep_window(&mut self, i: &Instruction, movs: bool, size: u8, flags_live: bool) {
+        let shift = size.trailing_zeros() as u8;
+        let region = self.likely(&Ea { base: Some(7), index: None, disp: 0, bits: 64, seg: 3 });
+        let (slow, slow_flags, end) = (self.asm.label(), self.asm.label(), self.asm.label());
+        if flags_live {
+            self.asm.pushfq();
+            self.asm.pop(H::RCX);
+            self.asm.store(M::gs(off::TMP + 8), H::RCX);
+        }
+        let a = &mut self.asm;
+        // A count that is too large would make the end wrap around.
+        a.mov(H::RCX, H::GUEST_RCX);
+        a.shr_flags(H::RCX, 40);
+        a.jcc(cc::NE, slow_flags);
+        for r in [Some(H::RDI), movs.then_some(H::RSI)].into_iter().flatten() {
+            self.check_both_ends(region, r, M { index: Some((H::GUEST_RCX, shift)), ..M::base(r, 0) }, slow_flags);
+        }
+        let a = &mut self.asm;
+        if flags_live {
+            a.load(H::RCX, M::gs(off::TMP + 8));
+            a.push(H::RCX);
+            a.popfq();
+        }
+        let moved = |a: &mut crate::asm::Asm, distance: M| {
+            a.load(H::R11, distance);
+            a.lea(H::RDI, M::base_index(H::RDI, H::R11));
+            if movs {
+                a.lea(H::RSI, M::base_index(H::RSI, H::R11));
+            }
+        };
+        let (to, back) = region.distances();
+        moved(a, M::gs(to));
+        a.mov(H::RCX, H::GUEST_RCX);
+        let at = a.pos();
+        a.rep_string(movs, size);
+        let site = self.note_string_site(movs, region == super::window::Region::High);
+        self.fault_site(at, FaultKind::String { site });
+        let a = &mut self.asm;
+        moved(a, M::gs(back));
+        a.mov_imm(H::GUEST_RCX, 0);
+        a.bind(end);
+        self.slow_strings.push(SlowString { site, slow, slow_flags, end, instr: *i, flags_live });
+    }
+
+    /// Behind the block: what the windows do not hold is done by Rust.
+    pub(crate) fn emit_slow_strings(&mut self) {
+        for s in std::mem::take(&mut self.slow_strings) {
+            self.cur_rip = s.instr.ip();
+            self.asm.bind(s.slow_flags);
+            if s.flags_live {
+                self.asm.load(H::RCX, M::gs(off::TMP + 8));
+                self.asm.push(H::RCX);
+                self.asm.popfq();
+            }
+            self.asm.bind(s.slow);
+            self.tables.sites[s.site as usize].slow = self.asm.pos();
+            self.callout(&s.instr, Action::Emulate);
+            self.asm.jmp(s.end);
+        }
+    }
+}
+
+/// A string instruction's way to Rust, to be emitted.
+pub(crate) struct SlowString {
+    site: u32,
+    slow: Label,
+    slow_flags: Label,
+    end: Label,
+    instr: Instruction,
+    flags_live: bool,
 }

@@ -32,6 +32,14 @@ impl Region {
         }
     }
 
+    /// Where the state holds what to add to a guest address in the window to have the host's, and the other way round.
+    pub(super) fn distances(self) -> (i32, i32) {
+        match self {
+            Self::High => (off::HIGH_OFFSET, off::HIGH_BACK),
+            Self::Low => (off::LOW_OFFSET, off::LOW_BACK),
+        }
+    }
+
     /// An operand in the window, given its address in guest terms.
     fn operand(self, m: M) -> M {
         match self {
@@ -171,6 +179,12 @@ impl Translator<'_> {
         Some(Region::High.operand(M::base(H::RCX, 0)))
     }
 
+    /// Jumps to `fail` unless both a register and the address that an operand computes lie in the window. Clobbers RCX and flags.
+    pub(super) fn check_both_ends(&mut self, region: Region, r: H, end: M, fail: Label) {
+        self.emit_check(region, Subject::Register(r), false, fail);
+        self.emit_check(region, Subject::Address(end), false, fail);
+    }
+
     /// What to check, and the operand in guest terms; both survive a check. Leaves flags alone.
     fn subject(&mut self, acc: &Access, pre: Pending) -> (Subject, M) {
         let ea = &acc.ea;
@@ -276,7 +290,7 @@ impl Translator<'_> {
     }
 
     /// The window that an operand is likely in.
-    fn likely(&mut self, ea: &Ea) -> Region {
+    pub(super) fn likely(&mut self, ea: &Ea) -> Region {
         let k = &mut self.known;
         let fresh = |g: Option<usize>| g.is_none_or(|g| k.unchanged >> g & 1 != 0);
         if fresh(ea.base) && fresh(ea.index.map(|x| x.0)) && ea.seg < 4 {
