@@ -141,6 +141,10 @@ pub(crate) struct Engine {
     pub(crate) exec_tlb: ExecTlb,
     /// Exits linked across a page boundary, which a change of mappings must undo.
     pub(crate) cross_links: Vec<u32>,
+    /// One of them touches the lower half of the address space.
+    pub(crate) low_cross_links: bool,
+    /// Supervisor code has run in the lower half.
+    pub(crate) low_supervisor_code: bool,
     pub(crate) jc_used: [Used; VIEWS],
     pub(crate) tlb_used: [Used; VIEWS],
     /// Whether a jump-cache entry in use was noted as local.
@@ -226,6 +230,8 @@ impl Engine {
             pages: WordMap::default(),
             exec_tlb: ExecTlb::new(),
             cross_links: Vec::new(),
+            low_cross_links: false,
+            low_supervisor_code: false,
             jc_used: Default::default(),
             tlb_used: Default::default(),
             jc_local: std::array::from_fn(|_| vec![false; JC_ENTRIES]),
@@ -288,6 +294,7 @@ impl Engine {
     /// Somebody changed the architectural state from outside.
     pub(crate) fn state_replaced(&mut self) {
         self.forget_iret();
+        self.flush_window(paravane_cpu::TlbFlush::All);
         self.flush_all_translations();
     }
 
@@ -309,6 +316,7 @@ impl Engine {
     pub(crate) fn run(&mut self) -> Result<paravane_cpu::VcpuExit, BtError> {
         let _alt = fault::AltStack::new()?;
         let _running = fault::Running::new(self);
+        let _signals = fault::Blocked::new();
         self.shared().engine = std::ptr::from_mut(self) as u64;
         self.dispatch()
     }

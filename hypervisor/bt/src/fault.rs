@@ -112,6 +112,32 @@ impl Drop for Running {
     }
 }
 
+/// Keeps all signals but the translator's own from the thread until dropped: translated code may have FS elsewhere, and nobody else's
+/// handler expects that.
+pub(crate) struct Blocked(libc::sigset_t);
+
+impl Blocked {
+    pub(crate) fn new() -> Self {
+        // SAFETY: sets on the stack, initialised before they are read.
+        unsafe {
+            let (mut block, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&mut block);
+            for sig in SIGNALS {
+                libc::sigdelset(&mut block, sig);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &block, &mut before);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        // SAFETY: the mask that was in effect before.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+    }
+}
+
 pub(crate) unsafe extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
     let engine = CURRENT.get();
     if !engine.is_null() {

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // Reads guest RAM through raw pointers.
 
 use crate::block::{Block, BlockId, Key, Mode, NO_EXIT};
-use crate::engine::Engine;
+use crate::engine::{Engine, WordMap};
 use crate::state::{JC_ENTRIES, JumpEntry, NO_SELECTOR};
 use crate::translate::{Decoded, Hint, Translator, decode};
 use paravane_cpu::mmu::{self, Access, AccessKind};
@@ -22,8 +22,8 @@ pub(crate) struct CodePage {
 /// Linear pages that code was fetched from, so that not every fetch walks the page tables.
 pub(crate) struct ExecTlb {
     entries: Vec<ExecEntry>,
-    /// Hashed set of the pages fetched from since the last flush: says which page flushes concern code.
-    seen: [u64; 64],
+    /// The pages fetched from since the last flush: says which page flushes concern code.
+    seen: WordMap<u64, ()>,
 }
 
 #[derive(Clone, Copy)]
@@ -39,12 +39,12 @@ const EMPTY: ExecEntry = ExecEntry { page: 1, gpa: 0, view: 0, global: false };
 
 impl ExecTlb {
     pub(crate) fn new() -> Self {
-        Self { entries: vec![EMPTY; EXEC_ENTRIES], seen: [0; 64] }
+        Self { entries: vec![EMPTY; EXEC_ENTRIES], seen: WordMap::default() }
     }
 
     pub(crate) fn clear(&mut self) {
         self.entries.fill(EMPTY);
-        self.seen = [0; 64];
+        self.seen.clear();
     }
 
     /// Drops what a CR3 load drops. The set of pages seen stays: global ones are still cached.
@@ -56,22 +56,23 @@ impl ExecTlb {
         }
     }
 
-    fn bit(page: u64) -> (usize, u64) {
-        let h = (page >> 12) ^ (page >> 24);
-        ((h >> 6) as usize & 63, 1 << (h & 63))
+    fn note(&mut self, page: u64) {
+        self.seen.insert(page, ());
     }
 
-    fn note(&mut self, page: u64) {
-        let (w, b) = Self::bit(page);
-        self.seen[w] |= b;
+    /// Forgets one page.
+    pub(crate) fn forget(&mut self, page: u64) {
+        for e in &mut self.entries {
+            if e.page == page {
+                *e = EMPTY;
+            }
+        }
+        self.seen.remove(&page);
     }
 
     /// Whether code may have been fetched from the page or the one before it (whose last instruction may cross).
     pub(crate) fn seen(&self, page: u64) -> bool {
-        [page, page.wrapping_sub(4096)].into_iter().any(|p| {
-            let (w, b) = Self::bit(p);
-            self.seen[w] & b != 0
-        })
+        [page, page.wrapping_sub(4096)].into_iter().any(|p| self.seen.contains_key(&p))
     }
 }
 
@@ -151,20 +152,22 @@ impl Engine {
     /// Gets ready to enter a block: mode word, and an entry in the jump cache.
     fn prepare(&mut self, id: BlockId) -> u64 {
         let b = &self.tables.blocks[id as usize];
-        let (key, crosses) = (b.key, b.second_page.is_some());
+        let (key, second) = (b.key, b.second_page);
+        let crosses = second.is_some();
+        let target = self.code.address(b.entry);
         if key.mode.has(Mode::WINDOW) {
-            self.window.note_code(key.rip & !0xfff, key.gpa & !0xfff);
-            if let Some(second) = b.second_page {
-                self.window.note_code((key.rip & !0xfff).wrapping_add(4096), second);
+            self.note_window_code(key.rip & !0xfff, key.gpa & !0xfff);
+            if let Some(second) = second {
+                self.note_window_code((key.rip & !0xfff).wrapping_add(4096), second);
             }
         }
-        let target = self.code.address(b.entry);
         self.shared().mode = key.mode.0;
         self.refresh_fast_segments();
         if key.mode.alone() || !key.mode.has(Mode::FLAT) || key.mode.has(Mode::MIXED) {
             return target;
         }
         let view = key.mode.view();
+        self.low_supervisor_code |= !key.mode.has(Mode::USER) && key.rip >> 47 == 0;
         // Global or not is a property of the page, not of the code that looks things up.
         let shared = Mode(key.mode.0 & !Mode::GLOBAL);
         if self.shared().jc_mode[view] != shared.0 && !self.ungate(shared) {
@@ -388,6 +391,7 @@ impl Engine {
         }
         if !same_page && !windowed {
             self.cross_links.push(exit);
+            self.low_cross_links |= from.key.rip >> 47 == 0 || to.key.rip >> 47 == 0;
         }
         let (patch, already) = (x.patch, x.linked);
         if already.is_some() {

@@ -384,10 +384,19 @@ impl Engine {
         }
     }
 
+    /// Drops a supervisor view's jump-cache entries for the lower half, if a guest kernel runs code there.
+    fn flush_low_jumps(&mut self, view: usize) {
+        if self.low_supervisor_code {
+            self.flush_jump_cache(view);
+        }
+    }
+
     fn flush_code_mappings(&mut self) {
         for view in 0..VIEWS {
             self.flush_jump_cache(view);
         }
+        self.low_cross_links = false;
+        self.low_supervisor_code = false;
         for x in std::mem::take(&mut self.cross_links) {
             self.unlink(x);
         }
@@ -441,8 +450,16 @@ impl Engine {
             }
         }
         if self.exec_tlb.seen(page) {
-            self.exec_tlb.clear();
-            self.flush_code_mappings();
+            self.exec_tlb.forget(page);
+            if la >> 47 == 0 && !self.low_cross_links {
+                // Links lead across pages of the kernel's half only.
+                self.flush_jump_cache(crate::block::Mode::VIEW_USER as usize);
+                for view in [crate::block::Mode::VIEW_SMAP, crate::block::Mode::VIEW_SUPER] {
+                    self.flush_low_jumps(view as usize);
+                }
+            } else {
+                self.flush_code_mappings();
+            }
         }
     }
 

@@ -64,12 +64,14 @@ const GATED: u32 = NO_MODE - 1;
 const AROUND: u64 = 16;
 /// Calls of mmap between two clearings: each may cost a mapping, and a process has 65,530 of them.
 const MAX_MAPS: u32 = 24_000;
+/// Pages mapped at most, which bounds what a comparison with the page tables costs, and the host's own page tables.
+const MAX_PAGES: usize = 1 << 17;
 /// What a signal costs about, for the decision whether windows pay.
 const SIGNAL_COST: Duration = Duration::from_nanos(1500);
 /// Samples of excessive cost, less those of moderate cost, after which the windows are taken away.
 const PATIENCE: u32 = 3;
 /// Timer interrupts in a row that must find the same process computing.
-const FIRST_NEED: u32 = 2;
+const FIRST_NEED: u32 = 3;
 const LAST_NEED: u32 = 256;
 /// Physical address bits of CR3 and of page-table entries.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
@@ -115,6 +117,8 @@ pub(crate) struct Window {
     /// Whether operands are more often in the low window (positive) or in the high one, as translation sees it.
     pub(crate) votes: i32,
     pages: WordMap<u64, Mapped>,
+    /// The 2 MiB regions, by number, that hold parts of large pages.
+    large: WordMap<u64, ()>,
     /// Exits between pages of the process's code that are linked, and the pages it runs from: where they were when links
     /// were made and calls began.
     links: Vec<u32>,
@@ -147,6 +151,7 @@ impl Window {
             active: false,
             votes: 0,
             pages: WordMap::default(),
+            large: WordMap::default(),
             links: Vec::new(),
             code: WordMap::default(),
             maps: 0,
@@ -196,6 +201,7 @@ impl Window {
     fn clear(&mut self) {
         let began = Instant::now();
         self.pages.clear();
+        self.large.clear();
         self.pending.clear();
         self.maps = 0;
         let Some(low) = self.low else { return };
@@ -217,10 +223,6 @@ impl Window {
         self.links.push(exit);
     }
 
-    /// Code of the process is at `gpa` now.
-    pub(crate) fn note_code(&mut self, page: u64, gpa: u64) {
-        self.code.insert(page, gpa);
-    }
 
     /// All blocks are gone, and their links with them.
     pub(crate) fn forget_links(&mut self) {
@@ -231,30 +233,33 @@ impl Window {
     fn give_up(&mut self) {
         self.low = None;
         self.owner = None;
+        self.pages.clear();
     }
 
-    /// Unmaps one page, or the large page it belongs to.
+    /// Unmaps one page, and the large page around it.
     fn drop_page(&mut self, la: u64) {
         let page = la & !(PAGE - 1);
-        let Some(m) = self.pages.get(&page) else { return };
-        let (first, count) = if m.large { (page & !0x1f_ffff, 512) } else { (page, 1) };
+        let (first, count) = if self.large.remove(&(page >> 21)).is_some() { (page & !0x1f_ffff, 512) } else { (page, 1) };
+        let mut any = false;
         for n in 0..count {
-            self.pages.remove(&(first + n * PAGE));
+            any |= self.pages.remove(&(first + n * PAGE)).is_some();
         }
-        if !self.call(first, count, None, false) {
+        if any && (self.maps > MAX_MAPS || !self.call(first, count, None, false)) {
             self.clear();
         }
     }
 
     /// Takes write access from every mapping of a guest-physical page.
     fn protect(&mut self, gpa: u64, ram: &Ram) {
+        let began = Instant::now();
         let hit: Vec<u64> = self.pages.iter().filter(|(_, m)| m.gpa == gpa && m.writable).map(|(&la, _)| la).collect();
+        self.cost += began.elapsed();
         for la in hit {
             if let Some(m) = self.pages.get_mut(&la) {
                 m.writable = false;
             }
-            if !self.call(la, 1, ram.file(gpa), false) {
-                self.clear();
+            if self.maps > MAX_MAPS || !self.call(la, 1, ram.file(gpa), false) {
+                return self.clear();
             }
         }
     }
@@ -304,7 +309,11 @@ fn space(st: &CpuState) -> (u64, u64) {
 impl Engine {
     /// Whether the code about to run in `mode` is to use the windows; they are made fit for use then.
     pub(crate) fn use_window(&mut self, mode: Mode) -> bool {
-        if self.window.low.is_none() || !mode.is64() || !mode.has(Mode::USER) || mode.alone() {
+        if self.window.low.is_none() {
+            self.activate(false);
+            return false;
+        }
+        if !mode.is64() || !mode.has(Mode::USER) || mode.alone() {
             return false;
         }
         let now = space(self.cpu());
@@ -328,6 +337,9 @@ impl Engine {
         if self.window.low.is_some() && !self.window.active {
             self.activate(true);
         }
+        if self.window.low.is_none() {
+            self.activate(false);
+        }
         self.window.active
     }
 
@@ -347,9 +359,10 @@ impl Engine {
     /// An interrupt was taken: if it found 64-bit user code running, that process computes.
     pub(crate) fn sample_window(&mut self) {
         let st = self.cpu();
-        if self.window.low.is_none() || st.cpl != 3 || !st.code64() {
+        if self.window.low.is_none() {
             return;
         }
+        let computing = st.cpl == 3 && st.code64();
         let now = space(st);
         let w = &mut self.window;
         let elapsed = w.sampled.elapsed();
@@ -364,7 +377,12 @@ impl Engine {
             }
             return;
         }
-        w.candidate = if w.candidate.0 == now.0 { (now.0, w.candidate.1 + 1) } else { (now.0, 1) };
+        // Whoever is found in the kernel every other time has little to gain.
+        w.candidate = match w.candidate {
+            _ if !computing => (0, 0),
+            (root, n) if root == now.0 => (root, n + 1),
+            _ => (now.0, 1),
+        };
         let need = w.need.get(&now.0).copied().unwrap_or(FIRST_NEED);
         if w.candidate.1 >= need {
             w.candidate = (0, 0);
@@ -420,11 +438,12 @@ impl Engine {
             TlbFlush::NonGlobal => self.window.stale |= !tagged || now.1 == owner.1,
             TlbFlush::SwitchPcid => {}
             TlbFlush::Pcid(p) => self.window.stale |= !tagged || u64::from(p) == owner.1,
-            TlbFlush::Page(la) if now.1 == owner.1 => return self.flush_window_page(la),
+            // INVLPG drops global entries whatever their PCID.
+            TlbFlush::Page(la) => return self.flush_window_page(la),
             TlbFlush::PcidPage(p, la) if u64::from(p) == owner.1 => return self.flush_window_page(la),
-            TlbFlush::Page(_) | TlbFlush::PcidPage(..) => return,
+            TlbFlush::PcidPage(..) => return,
         }
-        if now.0 != owner.0 || self.window.stale {
+        if now != owner || self.window.stale {
             self.activate(false);
         }
     }
@@ -436,9 +455,17 @@ impl Engine {
         } else {
             self.window.drop_page(la);
         }
-        // A large page goes as a whole.
-        if self.window.code.keys().any(|page| page >> 21 == la >> 21) {
+        // A large page goes as a whole, whatever its size.
+        if self.window.code.keys().any(|page| page >> 30 == la >> 30) {
             self.unlink_code();
+        }
+    }
+
+    /// Code of the process is at `gpa` now. If it was elsewhere before, what relied on that goes.
+    pub(crate) fn note_window_code(&mut self, page: u64, gpa: u64) {
+        if self.window.code.insert(page, gpa).is_some_and(|before| before != gpa) {
+            self.unlink_code();
+            self.window.code.insert(page, gpa);
         }
     }
 
@@ -493,6 +520,7 @@ impl Engine {
 
     /// Compares what is mapped with the page tables and unmaps what is no longer so.
     fn revalidate(&mut self) {
+        let began = Instant::now();
         self.window.stale = false;
         self.stats.window_checks += 1;
         let mut all: Vec<(u64, Mapped)> = self.window.pages.iter().map(|(&la, &m)| (la, m)).collect();
@@ -506,6 +534,7 @@ impl Engine {
                 self.window.drop_page(la);
             }
         }
+        self.window.cost += began.elapsed();
         let code: Vec<(u64, u64)> = self.window.code.iter().map(|(&la, &gpa)| (la, gpa)).collect();
         if !code.into_iter().all(|(la, gpa)| self.leaf(la, &mut cached).is_some_and(|l| l.executable && l.gpa == gpa)) {
             self.unlink_code();
@@ -526,14 +555,15 @@ impl Engine {
         if st.efer & efer::LMA == 0 {
             return None;
         }
-        let nx = |e: u64| e & NX != 0 && st.efer & efer::NXE != 0;
+        let nx = |e: u64| e & NX != 0;
+        let reserved = |e: u64| nx(e) && st.efer & efer::NXE == 0;
         let table = match *cached {
             Some(t) if t.place == la >> 21 => t,
             _ => {
                 let mut t = Table { place: la >> 21, at: st.cr3 & ADDRESS, writable: true, executable: true };
                 for shift in [39, 30, 21] {
                     let e = self.read_pte(t.at + ((la >> shift) & 0x1ff) * 8, 8)?;
-                    if e & (P | US | A) != P | US | A {
+                    if e & (P | US | A) != P | US | A || reserved(e) {
                         return None;
                     }
                     t.writable &= e & W != 0;
@@ -550,7 +580,7 @@ impl Engine {
             }
         };
         let e = self.read_pte(table.at + ((la >> 12) & 0x1ff) * 8, 8)?;
-        if e & (P | US | A) != P | US | A {
+        if e & (P | US | A) != P | US | A || reserved(e) {
             return None;
         }
         Some(Leaf {
@@ -570,7 +600,7 @@ impl Engine {
             // An address that no window covers costs a signal, every time.
             return false;
         }
-        if self.window.maps > MAX_MAPS {
+        if self.window.maps > MAX_MAPS || self.window.pages.len() > MAX_PAGES {
             self.window.clear();
         }
         let mut cached = None;
@@ -613,6 +643,9 @@ impl Engine {
             return false;
         }
         self.stats.window_maps += 1;
+        if head.large {
+            self.window.large.insert(start >> 21, ());
+        }
         for n in 0..len {
             self.window.pages.insert(start + n * PAGE, Mapped { gpa: head.gpa + n * PAGE, ..head });
         }

@@ -78,6 +78,8 @@ pub(crate) struct Translator<'a> {
     known: window::Known,
     /// The access through a window that is being emitted.
     window_site: Option<u32>,
+    /// The instruction has accessed memory already: it must not be left for another version of itself.
+    accessed: bool,
     slow: Vec<Slow>,
     exits: Vec<RawExit>,
     /// Side exits that cannot be linked: where they come from, the way they go.
@@ -163,6 +165,7 @@ impl<'a> Translator<'a> {
             cur_next: start_rip,
             known: window::Known::at_entry(hint),
             window_site: None,
+            accessed: false,
             slow: Vec::new(),
             exits: Vec::new(),
             far_sides: Vec::new(),
@@ -203,6 +206,7 @@ impl<'a> Translator<'a> {
         for (n, i) in code.iter().enumerate() {
             self.cur_rip = i.ip();
             self.cur_next = self.wrap(i.next_ip());
+            self.accessed = false;
             if n + 1 < code.len() && classify(i.code()) == Class::Jcc {
                 self.side_exit(i);
                 continue;

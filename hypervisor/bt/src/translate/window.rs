@@ -141,7 +141,7 @@ impl Translator<'_> {
                 let region = self.likely(ea);
                 // Behind an access that may touch nothing, nothing is known about its address.
                 let s = &self.tables.sites[site as usize];
-                let concluding = base.filter(|_| !s.masked && !s.late_fault && !self.mixed);
+                let concluding = base.filter(|_| !s.masked && !s.late_fault && !self.mixed && !self.accessed);
                 let label = self.asm.label();
                 let patch = self.emit_check(region, subject, acc.flags_live, label);
                 if let Some(b) = concluding {
@@ -158,6 +158,7 @@ impl Translator<'_> {
         self.window_site = Some(site);
         self.emit_op(op, Loc::At(operand));
         self.window_site = None;
+        self.accessed = true;
         self.asm.bind(done);
         self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op: *op, write: acc.write, other });
         true
