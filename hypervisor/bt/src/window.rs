@@ -69,10 +69,10 @@ const MAX_PAGES: usize = 1 << 17;
 /// What a signal costs about, for the decision whether windows pay.
 const SIGNAL_COST: Duration = Duration::from_nanos(1500);
 /// Samples of excessive cost, less those of moderate cost, after which the windows are taken away.
-const PATIENCE: u32 = 3;
+const PATIENCE: u32 = 6;
 /// Timer interrupts in a row that must find the same process computing.
 const FIRST_NEED: u32 = 3;
-const LAST_NEED: u32 = 256;
+const LAST_NEED: u32 = 48;
 /// Physical address bits of CR3 and of page-table entries.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -371,7 +371,7 @@ impl Engine {
         if w.owner.is_some_and(|o| o.0 == now.0) {
             w.candidate = (0, 0);
             // Mapping may take its time for a few ticks, while a working set comes in, but not for long.
-            w.costly = if cost * 4 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
+            w.costly = if cost * 3 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
             if w.costly > PATIENCE {
                 self.take_window();
             }
@@ -421,7 +421,7 @@ impl Engine {
                 w.need.clear();
             }
             let need = w.need.entry(root).or_insert(FIRST_NEED);
-            *need = (*need * 4).min(LAST_NEED);
+            *need = (*need * 2).min(LAST_NEED);
             self.stats.windows_taken += 1;
         }
         w.clear();
