@@ -487,7 +487,7 @@ impl Engine {
     }
 
     /// The size of the largest page around `la` that entries stand for parts of.
-    fn large_shift(&self, la: u64) -> Option<u32> {
+    pub(crate) fn large_shift(&self, la: u64) -> Option<u32> {
         self.large.iter().filter(|(shift, set)| set.contains_key(&(la >> shift))).map(|(shift, _)| *shift).max()
     }
 }

@@ -68,6 +68,8 @@ const MAX_MAPS: u32 = 24_000;
 const MAX_PAGES: usize = 1 << 17;
 /// What a signal costs about, for the decision whether windows pay.
 const SIGNAL_COST: Duration = Duration::from_nanos(1500);
+/// Least time between samples.
+const SAMPLE: Duration = Duration::from_millis(2);
 /// Samples of excessive cost, less those of moderate cost, after which the windows are taken away.
 const PATIENCE: u32 = 6;
 /// Timer interrupts in a row that must find the same process computing.
@@ -366,6 +368,10 @@ impl Engine {
         let now = space(st);
         let w = &mut self.window;
         let elapsed = w.sampled.elapsed();
+        if elapsed < SAMPLE {
+            // Interrupts come in bunches.
+            return;
+        }
         w.sampled = Instant::now();
         let cost = std::mem::take(&mut w.cost);
         if w.owner.is_some_and(|o| o.0 == now.0) {
@@ -455,8 +461,12 @@ impl Engine {
         } else {
             self.window.drop_page(la);
         }
-        // A large page goes as a whole, whatever its size.
-        if self.window.code.keys().any(|page| page >> 30 == la >> 30) {
+        // A large page goes as a whole.
+        let hit = match self.large_shift(la) {
+            None => self.window.code.contains_key(&(la & !(PAGE - 1))),
+            Some(shift) => self.window.code.keys().any(|page| page >> shift == la >> shift),
+        };
+        if hit {
             self.unlink_code();
         }
     }
