@@ -66,8 +66,9 @@ const AROUND: u64 = 16;
 const MAX_MAPS: u32 = 24_000;
 /// Pages mapped at most, which bounds what a comparison with the page tables costs, and the host's own page tables.
 const MAX_PAGES: usize = 1 << 17;
-/// What a signal costs about, for the decision whether windows pay.
-const SIGNAL_COST: Duration = Duration::from_nanos(1500);
+/// What a missing page costs beside the calls of mmap, for the decision whether windows pay: the signal, and the interrupts that
+/// changed mappings send to other CPUs.
+const SIGNAL_COST: Duration = Duration::from_nanos(6000);
 /// Least time between samples.
 const SAMPLE: Duration = Duration::from_millis(2);
 /// Samples of excessive cost, less those of moderate cost, after which the windows are taken away.
@@ -374,13 +375,15 @@ impl Engine {
         }
         w.sampled = Instant::now();
         let cost = std::mem::take(&mut w.cost);
-        if w.owner.is_some_and(|o| o.0 == now.0) {
-            w.candidate = (0, 0);
+        if w.owner.is_some() {
             // Mapping may take its time for a few ticks, while a working set comes in, but not for long.
             w.costly = if cost * 3 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
             if w.costly > PATIENCE {
-                self.take_window();
+                return self.take_window();
             }
+        }
+        if w.owner.is_some_and(|o| o.0 == now.0) {
+            w.candidate = (0, 0);
             return;
         }
         // Whoever is found in the kernel every other time has little to gain.
