@@ -61,18 +61,18 @@ const PAGE: u64 = 4096;
 /// Mode word of a jump cache that must not be used before pending pages are seen to.
 const GATED: u32 = NO_MODE - 1;
 /// Pages around a missing one that are mapped with it, if the guest has used them.
-const AROUND: u64 = 16;
+const AROUND: u64 = 32;
 /// Calls of mmap between two clearings: each may cost a mapping, and a process has 65,530 of them.
 const MAX_MAPS: u32 = 24_000;
 /// Pages mapped at most, which bounds what a comparison with the page tables costs, and the host's own page tables.
 const MAX_PAGES: usize = 1 << 17;
 /// What a missing page costs beside the calls of mmap, for the decision whether windows pay: the signal, and the interrupts that
 /// changed mappings send to other CPUs.
-const SIGNAL_COST: Duration = Duration::from_nanos(6000);
+const SIGNAL_COST: Duration = Duration::from_nanos(4000);
 /// Least time between samples.
 const SAMPLE: Duration = Duration::from_millis(2);
 /// Samples of excessive cost, less those of moderate cost, after which the windows are taken away.
-const PATIENCE: u32 = 6;
+const PATIENCE: u32 = 5;
 /// Timer interrupts in a row that must find the same process computing.
 const FIRST_NEED: u32 = 3;
 const LAST_NEED: u32 = 48;
@@ -377,7 +377,7 @@ impl Engine {
         let cost = std::mem::take(&mut w.cost);
         if w.owner.is_some() {
             // Mapping may take its time for a few ticks, while a working set comes in, but not for long.
-            w.costly = if cost * 3 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
+            w.costly = if cost * 2 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
             if w.costly > PATIENCE {
                 return self.take_window();
             }
@@ -516,6 +516,7 @@ impl Engine {
     /// Maps, maps anew or unmaps what is pending.
     fn see_to_pending(&mut self) {
         for page in std::mem::take(&mut self.window.pending) {
+            self.window.cost += SIGNAL_COST;
             let mut cached = None;
             let wanted = self.wanted(page, &mut cached);
             match (wanted, self.window.pages.get(&page).copied()) {

@@ -1,0 +1,988 @@
+//! The `windows` memory policy: user code that reaches memory through host mappings must not be able to tell.
+//!
+//! Every test runs a small guest: a page of user code at ring 3, a kernel of a few instructions, and a hook, which is Rust
+//! code that stands for the rest of the kernel and changes page tables in guest RAM.
+//!
+//! | guest-linear address | what is there |
+//! |---|---|
+//! | [`LOW`] or [`HIGH`], the test's base | the user code, in one page |
+//! | base + [`DATA`] | a page of data |
+//! | below base + [`STACK`] | four pages of stack |
+//! | [`KERNEL`] | guest RAM from its start, for the supervisor alone, as global 2 MiB pages |
+//!
+//! SYSCALL takes a number in RAX: 0 halts the vCPU, which ends the run; all others write DIL to port [`REPORT`], where the
+//! hook is called, and then 2 reloads CR3, 3 executes INVLPG on \[RSI\], 4 loads CR3 with its value XOR RBP, without a flush.
+//! RAX, RDX, R12 (and RCX, R11) are lost. #SS, #GP and #PF store what they found as a [`Fault`] on the kernel's stack, and
+//! write to port [`FAULT`], where the hook may look at it and say where to go on.
+//!
+//! Whatever user code can see is checked for both policies, so the soft TLB is the yardstick. A process has one pair of
+//! windows. nextest runs each test in a process of its own; under `cargo test` they take turns ([`TURN`]). On a host without
+//! FSGSBASE there are no windows, and both policies are the same.
+#![allow(unsafe_code, missing_docs)] // Guest code is assembled into the test binary and copied out; guest RAM is a memfd.
+
+use paravane_bt::{BtConfig, BtVcpu, GuestRam, Windows};
+use paravane_cpu::state::{cr0, cr4, efer};
+use paravane_cpu::{Bus, BusOutcome, Reg, Seg, Segment, TableReg, VcpuExit};
+use std::arch::global_asm;
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// Bases of user code in the two windows. Both begin a GiB.
+const LOW: u64 = 0x4000_0000;
+const HIGH: u64 = 0x6000_0000_0000;
+/// From the base on: a page of data, the end of the stack, and room for what a test maps itself.
+const DATA: u64 = 0x10_0000;
+const STACK: u64 = 0x20_0000;
+const ROOM: u64 = 0x4000_0000;
+const KERNEL: u64 = 0xffff_8000_0000_0000;
+
+/// Guest-physical places.
+const ROOT: u64 = 0x1000;
+const GDT: u64 = 0x2000;
+const TSS: u64 = 0x2100;
+const IDT: u64 = 0x3000;
+const KERNEL_STACK: u64 = 0x9000;
+const SYSCALL_CODE: u64 = 0x1_0000;
+const FAULT_CODE: u64 = 0x1_1000;
+const TABLES: u64 = 0x10_0000;
+const CODE_RAM: u64 = 0x40_0000;
+const STACK_RAM: u64 = 0x41_0000;
+const DATA_RAM: u64 = 0x50_0000;
+const OTHER_RAM: u64 = 0x60_0000;
+const POOL: u64 = 0x200_0000;
+const RAM: u64 = 64 << 20;
+const MMIO: u64 = 0xd000_0000;
+
+const REPORT: u16 = 0xe9;
+const FAULT: u16 = 0xea;
+
+/// Page-table entry bits: present, writable, user, accessed, dirty; large; global.
+const PAGE: u64 = 0x67;
+const LARGE: u64 = 0x80;
+const GLOBAL: u64 = 0x100;
+
+const STACK_FAULT: u64 = 12;
+const GENERAL_PROTECTION: u64 = 13;
+const PAGE_FAULT: u64 = 14;
+
+/// What the kernel's stack holds when it reports a fault, from the top of stack on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Fault {
+    cr2: u64,
+    rdi: u64,
+    rsi: u64,
+    rdx: u64,
+    rcx: u64,
+    vector: u64,
+    error: u64,
+    rip: u64,
+    rsp: u64,
+}
+
+impl Fault {
+    /// Where the kernel's stack pointer is then: 13 words below the end.
+    const AT: u64 = KERNEL_STACK - 13 * 8;
+    const RIP: u64 = Self::AT + 8 * 8;
+
+    fn read(ram: &Ram) -> Self {
+        let word = |n: u64| ram.get(Self::AT + n * 8);
+        Self {
+            cr2: word(0),
+            rdi: word(1),
+            rsi: word(2),
+            rdx: word(3),
+            rcx: word(4),
+            vector: word(6),
+            error: word(7),
+            rip: word(8),
+            rsp: word(11),
+        }
+    }
+}
+
+macro_rules! guest {
+    ($name:ident, $($line:literal),+ $(,)?) => {
+        mod $name {
+            use std::arch::global_asm;
+            global_asm!(
+                concat!(".balign 16\n.globl windows_", stringify!($name), "\nwindows_", stringify!($name), ":"),
+                $($line),+,
+                concat!(".globl windows_end_", stringify!($name), "\nwindows_end_", stringify!($name), ":"),
+            );
+            pub(super) fn code() -> &'static [u8] {
+                unsafe extern "C" {
+                    #[link_name = concat!("windows_", stringify!($name))]
+                    static START: u8;
+                    #[link_name = concat!("windows_end_", stringify!($name))]
+                    static END: u8;
+                }
+                // SAFETY: the two symbols delimit bytes assembled right above.
+                unsafe {
+                    let (a, b) = (&raw const START, &raw const END);
+                    std::slice::from_raw_parts(a, b as usize - a as usize)
+                }
+            }
+        }
+    };
+}
+
+guest!(
+    syscall_entry,
+    "test eax, eax; jz 5f; mov r12, rax; mov edx, 0xe9; mov eax, edi; out dx, al; cmp r12d, 2",
+    "je 2f; cmp r12d, 3; je 3f; cmp r12d, 4; je 4f; sysretq",
+    "2: mov rax, cr3; mov cr3, rax; sysretq",
+    "3: invlpg [rsi]; sysretq",
+    "4: mov rax, cr3; xor rax, rbp; bts rax, 63; mov cr3, rax; sysretq",
+    "5: hlt; jmp 5b",
+);
+
+// One entry each 16 bytes for vectors 12, 13 and 14.
+guest!(
+    fault_entries,
+    "push 12; jmp 2f; .balign 16; push 13; jmp 2f; .balign 16; push 14",
+    "2: push rax; push rcx; push rdx; push rsi; push rdi; mov rax, cr2; push rax; mov edx, 0xea",
+    "out dx, al; pop rax; pop rdi; pop rsi; pop rdx; pop rcx; pop rax; add rsp, 16; iretq",
+);
+
+/// Guest RAM, as the hook sees it.
+#[derive(Clone)]
+struct Ram(GuestRam);
+
+impl Ram {
+    fn get(&self, gpa: u64) -> u64 {
+        self.0.read_obj(GuestAddress(gpa)).unwrap()
+    }
+
+    fn put(&self, gpa: u64, value: u64) {
+        self.0.write_obj(value, GuestAddress(gpa)).unwrap();
+    }
+
+    /// Where the entry that maps `la` is: a PTE (`shift` 12), or the entry of a large page (21 or 30). Its tables must exist.
+    fn entry(&self, la: u64, shift: u32) -> u64 {
+        let index = |shift: u32| (la >> shift & 0x1ff) * 8;
+        let mut at = ROOT + index(39);
+        for level in [30, 21, 12].into_iter().filter(|&s| s >= shift) {
+            let table = self.get(at);
+            assert!(table & 1 != 0, "no page table for {la:#x}");
+            at = (table & !0xfff) + index(level);
+        }
+        at
+    }
+
+    /// Guest-physical address of what a small page maps at `la`.
+    fn gpa(&self, la: u64) -> u64 {
+        (self.get(self.entry(la, 12)) & !0xfff) | la & 0xfff
+    }
+
+    fn write(&self, la: u64, bytes: &[u8]) {
+        for (n, &b) in bytes.iter().enumerate() {
+            self.0.write_obj(b, GuestAddress(self.gpa(la + n as u64))).unwrap();
+        }
+    }
+
+    fn read(&self, la: u64, len: u64) -> Vec<u8> {
+        (la..la + len).map(|la| self.0.read_obj(GuestAddress(self.gpa(la))).unwrap()).collect()
+    }
+}
+
+/// What the hook is told: a report, or a fault.
+enum Event<'a> {
+    Report(u8),
+    Fault(&'a Fault),
+}
+
+type Hook = Box<dyn FnMut(Event<'_>) + Send>;
+
+/// Everything around the vCPU.
+struct Devices {
+    ram: Ram,
+    hook: Mutex<Option<Hook>>,
+    faults: Mutex<Vec<Fault>>,
+    mmio_reads: AtomicU64,
+    mmio_writes: AtomicU64,
+}
+
+impl Bus for Devices {
+    fn pio_read(&self, _: u32, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u32, port: u16, data: &[u8]) -> BusOutcome {
+        let mut hook = self.hook.lock().unwrap();
+        match (port, &mut *hook) {
+            (REPORT, Some(hook)) => hook(Event::Report(data[0])),
+            (FAULT, hook) => {
+                let fault = Fault::read(&self.ram);
+                self.faults.lock().unwrap().push(fault);
+                match hook {
+                    Some(hook) => hook(Event::Fault(&fault)),
+                    None => panic!("the guest must not fault here: {fault:x?}"),
+                }
+            }
+            _ => {}
+        }
+        BusOutcome::Done
+    }
+    fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) {
+        data.fill(self.mmio_reads.fetch_add(1, Ordering::SeqCst) as u8 + 1);
+    }
+    fn mmio_write(&self, _: u32, _: u64, _: &[u8]) -> BusOutcome {
+        self.mmio_writes.fetch_add(1, Ordering::SeqCst);
+        BusOutcome::Done
+    }
+    fn apic_msr_read(&self, _: u32, _: u32) -> Option<u64> {
+        None
+    }
+    fn apic_msr_write(&self, _: u32, _: u32, _: u64) -> Option<BusOutcome> {
+        None
+    }
+    fn cr8_read(&self, _: u32) -> u8 {
+        0
+    }
+    fn cr8_write(&self, _: u32, _: u8) {}
+    fn interrupt_pending(&self, _: u32) -> bool {
+        false
+    }
+    fn interrupt_ack(&self, _: u32) -> Option<u8> {
+        None
+    }
+    fn take_nmi(&self, _: u32) -> bool {
+        false
+    }
+    fn stopping(&self) -> bool {
+        false
+    }
+}
+
+/// Held by the guest that may have the windows.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A guest that is ready to run its user code.
+struct Guest {
+    vcpu: BtVcpu,
+    ram: Ram,
+    bus: Arc<Devices>,
+    policy: Windows,
+    base: u64,
+    next_table: u64,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Guest {
+    fn new(policy: Windows, base: u64, code: &[u8]) -> Self {
+        Self::with_ram(policy, base, code, RAM)
+    }
+
+    fn with_ram(policy: Windows, base: u64, code: &[u8], bytes: u64) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        eprintln!("windows {policy:?}, user code at {base:#x}");
+        // SAFETY: takes a name and a flag; a failure shows when the file is used.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
+        file.set_len(bytes).unwrap();
+        let range = (GuestAddress(0), bytes as usize, Some(FileOffset::new(file, 0)));
+        let ram = Ram(Arc::new(GuestMemoryMmap::from_ranges_with_files([range]).unwrap()));
+        let bus = Arc::new(Devices {
+            ram: ram.clone(),
+            hook: Mutex::new(None),
+            faults: Mutex::default(),
+            mmio_reads: AtomicU64::new(0),
+            mmio_writes: AtomicU64::new(0),
+        });
+        let config = BtConfig { windows: policy, ..BtConfig::default() };
+        let vcpu = BtVcpu::new(0, ram.0.clone(), bus.clone(), config).unwrap();
+        let mut g = Self { vcpu, ram, bus, policy, base, next_table: TABLES, _turn: turn };
+        g.lay_out(code);
+        g
+    }
+
+    /// Puts kernel and user code in place.
+    fn lay_out(&mut self, code: &[u8]) {
+        assert!(code.len() <= 4096);
+        for la in (0..RAM).step_by(2 << 20) {
+            self.map_with(KERNEL + la, la | 3 | LARGE | GLOBAL, 21);
+        }
+        for (n, descriptor) in
+            [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff]
+                .into_iter()
+                .enumerate()
+        {
+            self.ram.put(GDT + n as u64 * 8, descriptor);
+        }
+        self.ram.put(TSS + 4, KERNEL + KERNEL_STACK);
+        for vector in [STACK_FAULT, GENERAL_PROTECTION, PAGE_FAULT] {
+            let entry = KERNEL + FAULT_CODE + (vector - 12) * 16;
+            self.ram.put(IDT + vector * 16, entry & 0xffff | 8 << 16 | 0x8e << 40 | (entry >> 16 & 0xffff) << 48);
+            self.ram.put(IDT + vector * 16 + 8, entry >> 32);
+        }
+        for (at, code) in [(SYSCALL_CODE, syscall_entry::code()), (FAULT_CODE, fault_entries::code()), (CODE_RAM, code)]
+        {
+            self.ram.0.write_slice(code, GuestAddress(at)).unwrap();
+        }
+        let base = self.base;
+        self.map(base, CODE_RAM);
+        self.map(base + DATA, DATA_RAM);
+        for n in 0..4 {
+            self.map(base + STACK - 0x4000 + n * 0x1000, STACK_RAM + n * 0x1000);
+        }
+    }
+
+    /// Maps a small page for user code to write.
+    fn map(&mut self, la: u64, gpa: u64) {
+        self.map_with(la, gpa | PAGE, 12);
+    }
+
+    /// Writes the entry that maps `la`, with tables for it as needed.
+    fn map_with(&mut self, la: u64, entry: u64, shift: u32) {
+        for level in [39, 30, 21].into_iter().filter(|&s| s > shift) {
+            let at = self.ram.entry(la, level);
+            if self.ram.get(at) == 0 {
+                assert!(self.next_table < CODE_RAM);
+                self.ram.put(at, self.next_table | PAGE);
+                self.next_table += 0x1000;
+            }
+        }
+        self.ram.put(self.ram.entry(la, shift), entry);
+    }
+
+    fn set_hook(&self, hook: impl FnMut(Event<'_>) + Send + 'static) {
+        *self.bus.hook.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    fn faults(&self) -> Vec<Fault> {
+        std::mem::take(&mut self.bus.faults.lock().unwrap())
+    }
+
+    /// Runs the user code from its beginning, with these registers, until it halts.
+    fn run(&mut self, registers: &[(Reg, u64)]) -> [u64; 16] {
+        let base = self.base;
+        self.run_at(base, registers)
+    }
+
+    fn run_at(&mut self, rip: u64, registers: &[(Reg, u64)]) -> [u64; 16] {
+        let st = self.vcpu.state_mut();
+        st.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::NE | cr0::ET;
+        st.cr4 |= cr4::PAE | cr4::PGE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+        st.cr3 = ROOT;
+        st.efer = efer::LME | efer::LMA | efer::SCE | efer::NXE;
+        (st.star, st.lstar, st.sfmask) = (0x10 << 48 | 8 << 32, KERNEL + SYSCALL_CODE, 0x700);
+        st.gdtr = TableReg { base: KERNEL + GDT, limit: 5 * 8 - 1 };
+        st.idtr = TableReg { base: KERNEL + IDT, limit: 32 * 16 - 1 };
+        st.tr = Segment { base: KERNEL + TSS, limit: 0x67, attr: 0x8b, selector: 0x28 };
+        st.seg = [Segment::flat_data(0x1b, 3); 6];
+        st.seg[Seg::Cs as usize] = Segment::flat_code(0x23, 3, true);
+        (st.cpl, st.rflags, st.halted, st.rip) = (3, 2, 0, rip);
+        st.gpr = [0; 16];
+        st.gpr[Reg::Rsp as usize] = self.base + STACK;
+        for &(r, value) in registers {
+            st.gpr[r as usize] = value;
+        }
+        assert_eq!(self.vcpu.run().unwrap(), VcpuExit::Halt);
+        if self.policy == Windows::Always && windows_possible() {
+            assert!(self.counter("windows given") > 0 && self.counter("window mappings made") > 0, "no windows in use");
+        }
+        self.vcpu.state().gpr
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        self.vcpu.stats().iter().find(|s| s.0 == name).expect("a counter of that name").1
+    }
+}
+
+/// Whether user code of the host may change the FS base, which windows need (AT_HWCAP2 bit 1).
+fn windows_possible() -> bool {
+    // SAFETY: takes a number, gives a number.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
+}
+
+/// Runs a test in both windows, under both policies.
+fn everywhere(test: impl Fn(Windows, u64)) {
+    for policy in [Windows::Off, Windows::Always] {
+        test(policy, LOW);
+        test(policy, HIGH);
+    }
+}
+
+/// A near jump from one address to another.
+fn jump(from: u64, to: u64) -> Vec<u8> {
+    let distance = i32::try_from(to.wrapping_sub(from + 5) as i64).unwrap();
+    [&[0xe9][..], &distance.to_le_bytes()].concat()
+}
+
+/// `mov ebx, n`, then the rest.
+fn numbered(n: u8, rest: &[u8]) -> Vec<u8> {
+    [&[0xbb, n, 0, 0, 0][..], rest].concat()
+}
+
+guest!(load, "mov rbx, [r8]", "xor eax, eax", "syscall");
+
+/// Whoever replaces the vCPU's state may have changed page tables too: nothing stays mapped on trust.
+#[test]
+fn state_mut_makes_mappings_suspect() {
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, load::code());
+        g.ram.put(DATA_RAM, 0x11);
+        g.ram.put(OTHER_RAM, 0x22);
+        let registers = [(Reg::R8, base + DATA)];
+        assert_eq!(g.run(&registers)[Reg::Rbx as usize], 0x11);
+        g.map(base + DATA, OTHER_RAM);
+        assert_eq!(g.run(&registers)[Reg::Rbx as usize], 0x22);
+    });
+}
+
+guest!(
+    back_and_forth,
+    "inc r13d; cmp r13d, 10; je 3f; cmp r13d, 20; je 4f",
+    "2: jmp r15",
+    "3: mov eax, 3; syscall; jmp r15",
+    "4: xor eax, eax; syscall",
+);
+
+/// INVLPG on any address in a 1 GiB page undoes links to code anywhere in that page.
+#[test]
+fn invlpg_anywhere_in_a_gib_page_moves_its_code() {
+    everywhere(|policy, base| {
+        let mut g = Guest::with_ram(policy, base, &[], 3 << 30);
+        let before = base - 0x1000;
+        g.map(before, OTHER_RAM);
+        g.ram.write(before, &jump(before, base));
+        for (n, gpa) in [(1, 1 << 30), (2, 2 << 30)] {
+            g.ram.0.write_slice(&numbered(n, back_and_forth::code()), GuestAddress(gpa)).unwrap();
+        }
+        g.map_with(base, 1 << 30 | PAGE | LARGE, 30);
+        let ram = g.ram.clone();
+        g.set_hook(move |_| ram.put(ram.entry(base, 30), 2 << 30 | PAGE | LARGE));
+        let gpr = g.run_at(before, &[(Reg::R15, before), (Reg::Rsi, base + 0x40_0000)]);
+        assert_eq!((gpr[Reg::Rbx as usize], gpr[Reg::R13 as usize]), (2, 20));
+    });
+}
+
+guest!(
+    detour,
+    "inc r13d; cmp r13d, 10; je 3f; cmp r13d, 20; je 4f",
+    "2: jmp r15",
+    "3: mov eax, 1; syscall; jmp r14",
+    "4: xor eax, eax; syscall",
+);
+guest!(reload, "mov eax, 2", "mov edi, 9", "syscall", "jmp r15");
+
+/// Code that was found in two places before the flush runs from the second one after it, whoever links to it.
+#[test]
+fn code_that_moved_before_a_flush_is_not_run_from_its_old_place() {
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, &[]);
+        let before = base - 0x1000;
+        let aside = base + 0x8_0000;
+        g.map(before, OTHER_RAM);
+        g.map(aside, OTHER_RAM + 0x1000);
+        g.ram.write(before, &jump(before, base));
+        g.ram.write(aside, &jump(aside, base + 0x800));
+        let places = [CODE_RAM, OTHER_RAM + 0x2000];
+        for (n, gpa) in [1, 2].into_iter().zip(places) {
+            g.ram.0.write_slice(&numbered(n, detour::code()), GuestAddress(gpa)).unwrap();
+            g.ram.0.write_slice(reload::code(), GuestAddress(gpa + 0x800)).unwrap();
+        }
+        let ram = g.ram.clone();
+        g.set_hook(move |e| {
+            if matches!(e, Event::Report(0)) {
+                ram.put(ram.entry(base, 12), places[1] | PAGE);
+            }
+        });
+        let gpr = g.run_at(before, &[(Reg::R15, before), (Reg::R14, aside)]);
+        assert_eq!((gpr[Reg::Rbx as usize], gpr[Reg::R13 as usize]), (2, 20));
+    });
+}
+
+guest!(
+    switch_pcid,
+    "mov r14d, 20",
+    "2: xor ebp, ebp; mov edi, 9; cmp r14d, 3; jne 3f; mov edi, 1; mov ebp, 1",
+    "3: mov eax, 4; syscall; mov rbx, [r8]; cmp r14d, 3; je 4f; dec r14d; jmp 2b",
+    "4: xor eax, eax; syscall",
+);
+
+/// A PCID that was never used has no translations, even if global code goes on running through the switch.
+#[test]
+fn another_pcid_sees_its_own_mappings() {
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, switch_pcid::code());
+        g.map_with(base, CODE_RAM | PAGE | GLOBAL, 12);
+        g.ram.put(DATA_RAM, 0x11);
+        g.ram.put(OTHER_RAM, 0x22);
+        g.vcpu.state_mut().cr4 |= cr4::PCIDE;
+        let ram = g.ram.clone();
+        g.set_hook(move |e| {
+            if matches!(e, Event::Report(1)) {
+                ram.put(ram.entry(base + DATA, 12), OTHER_RAM | PAGE);
+            }
+        });
+        assert_eq!(g.run(&[(Reg::R8, base + DATA)])[Reg::Rbx as usize], 0x22);
+        assert_eq!(g.vcpu.state().cr3, ROOT | 1);
+    });
+}
+
+guest!(push_mmio, "mov rax, rsp; mov rsp, rax; push qword ptr [r8]; pop rbx; add [r8], rbx; xor eax, eax", "syscall");
+
+/// A device sees each access once, however often the engine has to try.
+#[test]
+fn mmio_is_accessed_once() {
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, push_mmio::code());
+        g.map(base + ROOM, MMIO);
+        let gpr = g.run(&[(Reg::R8, base + ROOM)]);
+        assert_eq!(gpr[Reg::Rbx as usize], 0x0101_0101_0101_0101);
+        let (reads, writes) = (&g.bus.mmio_reads, &g.bus.mmio_writes);
+        assert_eq!((reads.load(Ordering::SeqCst), writes.load(Ordering::SeqCst)), (2, 1));
+    });
+}
+
+// Adds up a word of each of R9 pages, R10 bytes apart, from R8 on; then a report and a reload of CR3, the first page again,
+// and another report.
+guest!(
+    touch,
+    "mov rbx, r8; xor ebp, ebp",
+    "2: add rbp, [rbx]; add rbx, r10; dec r9; jnz 2b; mov eax, 2; mov edi, 1; syscall",
+    "add rbp, [r8]; mov eax, 1; mov edi, 2; syscall; xor eax, eax; syscall",
+);
+
+/// Mappings that the host keeps for this process; it permits 65,530.
+fn host_mappings() -> usize {
+    std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
+}
+
+/// KiB of page tables that the host keeps for this process.
+fn host_page_tables() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmPTE:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Runs [`touch`] on `count` small pages, the n-th of which is page `place(n)` of 512 that hold their number. `at_report` is
+/// called when all are touched, and again after the flush.
+fn touch_small(base: u64, count: u64, place: fn(u64) -> u64, mut at_report: impl FnMut(&Ram, u8) + Send + 'static) {
+    let mut g = Guest::new(Windows::Always, base, touch::code());
+    for n in 0..512 {
+        g.ram.put(POOL + n * 0x1000, n);
+    }
+    for n in 0..count {
+        g.map(base + ROOM + n * 0x1000, POOL + place(n) * 0x1000);
+    }
+    let ram = g.ram.clone();
+    g.set_hook(move |e| {
+        let Event::Report(n) = e else { panic!("the guest must not fault here") };
+        at_report(&ram, n);
+    });
+    let gpr = g.run(&[(Reg::R8, base + ROOM), (Reg::R9, count), (Reg::R10, 0x1000)]);
+    assert_eq!(gpr[Reg::Rbp as usize], (0..count).map(place).sum::<u64>() + place(0));
+}
+
+/// Pages that cannot share a host mapping do not add up to more mappings than a process may have.
+#[test]
+fn scattered_pages_cost_a_bounded_number_of_mappings() {
+    for base in [LOW, HIGH] {
+        touch_small(base, 40_000, |n| n * 7 % 512, |_, _| assert!(host_mappings() < 32_000));
+    }
+}
+
+/// Nor do pages that go from between others.
+#[test]
+fn holes_cost_a_bounded_number_of_mappings() {
+    const COUNT: u64 = 60_000;
+    for base in [LOW, HIGH] {
+        touch_small(
+            base,
+            COUNT,
+            |n| n % 512,
+            move |ram, report| {
+                if report == 1 {
+                    for n in (1..COUNT).step_by(2) {
+                        ram.put(ram.entry(base + ROOM + n * 0x1000, 12), 0);
+                    }
+                } else {
+                    assert!(host_mappings() < 50_000);
+                }
+            },
+        );
+    }
+}
+
+/// A guest that maps the same page everywhere does not make the host spend page tables without bound.
+#[test]
+fn aliases_cost_bounded_host_page_tables() {
+    const COUNT: u64 = 4_000;
+    let mut g = Guest::new(Windows::Always, HIGH, touch::code());
+    g.ram.put(POOL, 3);
+    for n in 0..COUNT {
+        g.map_with(HIGH + ROOM + (n << 21), POOL | PAGE | LARGE, 21);
+    }
+    let before = host_page_tables();
+    g.set_hook(move |_| assert!(host_page_tables() < before + 8 * 1024));
+    let gpr = g.run(&[(Reg::R8, HIGH + ROOM), (Reg::R9, COUNT), (Reg::R10, 2 << 20)]);
+    assert_eq!(gpr[Reg::Rbp as usize], 3 * (COUNT + 1));
+}
+
+// Adds up R10, R10 - 1, ... 1 by recursion, with direct and indirect calls in turn; three times.
+guest!(
+    recurse,
+    "mov r9d, 3; xor ebx, ebx; lea r8, [rip + 5f]",
+    "2: mov rdi, r10; call 5f; add rbx, rax; dec r9d; jnz 2b; mov rbp, rsp; xor eax, eax; syscall",
+    "5: test rdi, rdi; jz 8f; push rdi; dec rdi; test dil, 1; jz 6f; call 5b; jmp 7f",
+    "6: call r8",
+    "7: pop rdi; add rax, rdi; ret",
+    "8: xor eax, eax; ret",
+);
+
+/// Calls may be nested deeper than the engine remembers, on a stack that grows by page faults, and all return.
+#[test]
+fn deep_recursion_returns() {
+    const DEPTH: u64 = 150_000;
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, recurse::code());
+        let top = base + ROOM + 0x40_0000;
+        for la in (base + ROOM..top).step_by(0x1000) {
+            g.map_with(la, 0, 12);
+        }
+        let ram = g.ram.clone();
+        g.set_hook(move |e| {
+            let Event::Fault(f) = e else { return };
+            assert_eq!((f.vector, f.error, f.cr2), (PAGE_FAULT, 6, f.rsp - 8));
+            ram.put(ram.entry(f.cr2, 12), (POOL + (f.cr2 - base - ROOM) & !0xfff) | PAGE);
+        });
+        let gpr = g.run(&[(Reg::R10, DEPTH), (Reg::Rsp, top)]);
+        assert_eq!(gpr[Reg::Rbx as usize], 3 * (DEPTH * (DEPTH + 1) / 2));
+        assert_eq!(gpr[Reg::Rbp as usize], top);
+        // Two words for each level, and one for the last call.
+        assert_eq!(g.faults().len() as u64, (DEPTH * 16 + 8).div_ceil(4096));
+    });
+}
+
+// At the bottom of R10 calls, R15 times: five calls more, left all at once. Then all of the R10 calls return.
+guest!(
+    long_jumps,
+    "mov rdi, r10; xor eax, eax; call 4f; mov rbx, rax; mov rbp, rsp; xor eax, eax; syscall",
+    "4: push rdi; dec rdi; jz 6f; call 4b",
+    "5: pop rdi; add rax, rdi; ret",
+    "6: mov rbp, rsp; lea r13, [rip + 9f]",
+    "7: mov esi, 4; call 8f; ud2",
+    "8: dec esi; js 3f; call 8b; ud2",
+    "3: mov rsp, rbp; jmp r13",
+    "9: inc rax; dec r15; jnz 7b; jmp 5b",
+);
+
+/// Calls that never return, because somebody jumped out of them, do not disturb the returns of those around them.
+#[test]
+fn calls_left_by_a_jump_leave_others_intact() {
+    const DEPTH: u64 = 500;
+    const JUMPS: u64 = 40_000;
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, long_jumps::code());
+        let gpr = g.run(&[(Reg::R10, DEPTH), (Reg::R15, JUMPS)]);
+        assert_eq!(gpr[Reg::Rbx as usize], JUMPS + DEPTH * (DEPTH + 1) / 2);
+        assert_eq!(gpr[Reg::Rbp as usize], base + STACK);
+    });
+}
+
+// R9 rounds: a return by way of a pushed address (every other time), a return to an address put in the place of the caller's,
+// a chain of three returns that no calls were made for, and a return that takes arguments along.
+guest!(
+    odd_returns,
+    "lea r8, [rip + 6f]; lea r10, [rip + 7f]; lea r13, [rip + 3f]; lea rdi, [rip + 9f]",
+    "2: call 4f; inc r14; call 5f; ud2",
+    "3: push rdi; push r10; push r8; ret",
+    "4: test r9b, 1; jz 6f; push r8; ret",
+    "5: mov [rsp], r13; ret",
+    "6: inc r15; ret",
+    "7: add r15, 2; ret",
+    "8: ret 16",
+    "9: push r9; push r9; call 8b; add rbx, 5; dec r9; jnz 2b; mov rbp, rsp; xor eax, eax",
+    "syscall",
+);
+
+/// A return goes to the address on the guest's stack, whatever calls were made.
+#[test]
+fn returns_go_where_the_stack_says() {
+    const ROUNDS: u64 = 20_001;
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, odd_returns::code());
+        let gpr = g.run(&[(Reg::R9, ROUNDS)]);
+        let counted = [Reg::R14, Reg::R15, Reg::Rbx].map(|r| gpr[r as usize]);
+        assert_eq!(counted, [ROUNDS, 4 * ROUNDS, 5 * ROUNDS]);
+        assert_eq!(gpr[Reg::Rbp as usize], base + STACK);
+    });
+}
+
+// Four ways to write the operand of `mov eax, n` before it runs, 50 times each: in the page of the store, one instruction
+// ahead, by a store through another mapping of the page (R8) that is there before the code is (at R10), and by REP MOVSB.
+guest!(
+    write_code,
+    "mov r9d, 50",
+    "2: call 7f; add rbx, rax; inc dword ptr [rip + 7f + 1]; dec r9d; jnz 2b; mov r9d, 50",
+    "3: mov [rip + 6f + 1], r9d",
+    "6: mov eax, 0; add rbx, rax; dec r9d; jnz 3b; mov r9d, 50",
+    "4: mov byte ptr [r8], 0xb8; mov [r8 + 1], r9d; mov byte ptr [r8 + 5], 0xc3; call r10",
+    "add rbx, rax; dec r9d; jnz 4b; mov r9d, 50",
+    "5: push r9; mov rsi, rsp; lea rdi, [r8 + 1]; mov ecx, 4; rep movsb; call r10; add rbx, rax",
+    "pop r9; dec r9d; jnz 5b; xor eax, eax; syscall",
+    "7: mov eax, 1; ret",
+);
+
+/// Code runs as it is in memory, however it was written.
+#[test]
+fn written_code_runs_as_written() {
+    everywhere(|policy, base| {
+        let mut g = Guest::new(policy, base, write_code::code());
+        g.map(base + 0x1000, CODE_RAM + 0x1000);
+        g.map(base + DATA, CODE_RAM + 0x1000);
+        let gpr = g.run(&[(Reg::R8, base + DATA), (Reg::R10, base + 0x1000)]);
+        assert_eq!(gpr[Reg::Rbx as usize], 4 * (50 * 51 / 2));
+    });
+}
+
+// RCX operations from R8 to R9, twice; in between a report, and INVLPG on what RBP points to. Carry is in use all the while.
+macro_rules! twice {
+    ($name:ident, $first:literal, $second:literal) => {
+        guest!(
+            $name,
+            "mov r13, rcx; mov rsi, r8; mov rdi, r9",
+            $first,
+            "mov eax, 3; mov edi, 1; mov rsi, rbp; syscall",
+            "mov rcx, r13; mov rsi, r8; mov rdi, r9; mov rax, rbx; lea r15, [rip + 2f]; stc",
+            $second,
+            "setc r14b; mov r10, rcx; xor eax, eax; syscall",
+        );
+    };
+}
+twice!(copy_bytes, "rep movsb", "2: rep movsb");
+twice!(fill_words, "rep stosq", "2: rep stosq");
+
+/// Pages of each operand of a string instruction.
+const PAGES: u64 = 6;
+
+/// A string instruction on operands of some pages each. The second time, one page is missing (the n-th from `start`), and its
+/// fault must show how far the instruction came. Gives what it found, with the guest.
+fn string_with_a_gap(policy: Windows, base: u64, code: &[u8], at: [u64; 3], count: u64) -> (Guest, Fault) {
+    let [source, destination, missing] = at;
+    let mut g = Guest::new(policy, base, code);
+    for (n, la) in [source, destination].into_iter().flat_map(|la| (0..PAGES).map(move |n| la + n * 0x1000)).enumerate()
+    {
+        // In RAM they lie the other way round.
+        g.map(la & !0xfff, POOL + 0x10_0000 - n as u64 * 0x1000);
+    }
+    let entry = g.ram.entry(missing, 12);
+    let value = g.ram.get(entry);
+    let ram = g.ram.clone();
+    g.set_hook(move |e| match e {
+        Event::Report(_) => {
+            ram.write(destination, &vec![0; (PAGES * 0x1000 - (destination & 0xfff)) as usize]);
+            ram.put(entry, 0);
+        }
+        Event::Fault(_) => ram.put(entry, value),
+    });
+    let bytes: Vec<u8> = (0..PAGES * 0x1000 - (source & 0xfff)).map(|n| (n * 7 ^ n >> 8) as u8).collect();
+    g.ram.write(source, &bytes);
+    let registers = [
+        (Reg::R8, source),
+        (Reg::R9, destination),
+        (Reg::Rcx, count),
+        (Reg::Rbp, missing),
+        (Reg::Rbx, 0x1234_5678_9abc_def0),
+    ];
+    let gpr = g.run(&registers);
+    let faults = g.faults();
+    assert_eq!(faults.len(), 1, "{faults:x?}");
+    let fault = faults[0];
+    assert_eq!((fault.vector, fault.cr2, fault.rip), (PAGE_FAULT, missing, gpr[Reg::R15 as usize]));
+    assert_eq!((gpr[Reg::R10 as usize], gpr[Reg::R14 as usize]), (0, 1), "RCX and carry at the end");
+    (g, fault)
+}
+
+/// REP MOVSB stops at a missing page with RSI, RDI and RCX exact, and goes on from there.
+#[test]
+fn rep_movsb_across_pages_stops_exactly() {
+    const COUNT: u64 = 4 * 0x1000 + 77;
+    everywhere(|policy, base| {
+        let (source, destination) = (base + ROOM + 0x123, base + ROOM + 0x10_0456);
+        for (missing, done, error) in [
+            ((destination & !0xfff) + 0x3000, 0x3000 - 0x456, 6),
+            ((source & !0xfff) + 0x2000, 0x2000 - 0x123, 4),
+            ((source & !0xfff) + 0x4000, 0x4000 - 0x123, 4),
+        ] {
+            let (g, f) = string_with_a_gap(policy, base, copy_bytes::code(), [source, destination, missing], COUNT);
+            assert_eq!(f.error, error);
+            assert_eq!((f.rsi, f.rdi, f.rcx), (source + done, destination + done, COUNT - done));
+            let gpr = g.vcpu.state().gpr;
+            assert_eq!([Reg::Rsi, Reg::Rdi].map(|r| gpr[r as usize]), [source + COUNT, destination + COUNT]);
+            assert!(g.ram.read(destination, COUNT) == g.ram.read(source, COUNT), "the copy differs");
+            assert_eq!(g.ram.read(destination + COUNT, 64), [0; 64]);
+        }
+    });
+}
+
+/// REP STOSQ stops at the word that reaches into a missing page, which is not counted.
+#[test]
+fn rep_stosq_across_pages_stops_exactly() {
+    const COUNT: u64 = 4 * 0x200 + 9;
+    everywhere(|policy, base| {
+        let (source, destination) = (base + ROOM, base + ROOM + 0x10_0124);
+        let missing = (destination & !0xfff) + 0x3000;
+        let done = (missing - destination) / 8;
+        let (g, f) = string_with_a_gap(policy, base, fill_words::code(), [source, destination, missing], COUNT);
+        assert_eq!((f.error, f.rdi, f.rcx), (6, missing - 4, COUNT - done));
+        assert_eq!(g.vcpu.state().gpr[Reg::Rdi as usize], destination + COUNT * 8);
+        let expected = 0x1234_5678_9abc_def0_u64.to_le_bytes().repeat(COUNT as usize);
+        assert!(g.ram.read(destination, COUNT * 8) == expected, "the words differ");
+        assert_eq!(g.ram.read(destination + COUNT * 8, 64), [0; 64]);
+    });
+}
+
+// An access to each of R9 addresses that R8 points to, in RSI. RBX holds a known value before, and RDX says where to go on.
+// R13 is the address of a page that is there.
+macro_rules! probes {
+    ($($name:ident: $write:literal, $stack:literal, [$($line:literal),+];)+) => {
+        $(guest!(
+            $name,
+            "mov r14, rsp",
+            "2: mov rsi, [r8]; add r8, 8; mov rbx, r15; lea rdx, [rip + 3f]",
+            $($line),+,
+            "3: mov rsp, r14; dec r9; jnz 2b; xor eax, eax; syscall",
+        );)+
+        /// All of them: name, code, whether they write and whether they use the stack segment.
+        fn probes() -> Vec<(&'static str, &'static [u8], bool, bool)> {
+            vec![$((stringify!($name), $name::code(), $write, $stack)),+]
+        }
+    };
+}
+probes! {
+    probe_load: false, false, ["mov rbx, [rsi]"];
+    probe_indexed: false, false, ["mov rdi, rsi", "sub rdi, r13", "mov rbx, [r13 + rdi]"];
+    probe_displaced: false, false, ["sub rsi, 0x12345678", "mov rbx, [rsi + 0x12345678]"];
+    probe_far: false, false, ["add rsi, 0x7ffffff8", "mov rbx, [rsi - 0x7ffffff8]"];
+    probe_flags: false, false, ["stc", "mov rbx, [rsi]", "setc dil"];
+    probe_vector: false, false, ["movq xmm0, [rsi]", "movq rbx, xmm0"];
+    probe_store: true, false, ["mov [rsi], rbx"];
+    probe_add: true, false, ["lock add [rsi], rbx"];
+    probe_pop: false, true, ["mov rsp, rsi", "pop rbx"];
+    probe_push: true, true, ["lea rsp, [rsi + 8]", "push rbx"];
+    probe_frame: false, true, ["mov rbp, rsi", "mov rbx, [rbp]"];
+    probe_movsb: false, false, ["mov ecx, 8", "lea rdi, [r13 + 64]", "rep movsb", "mov rbx, [r13 + 64]"];
+    probe_stosb: true, false, ["mov ecx, 8", "mov rdi, rsi", "mov eax, ebx", "rep stosb"];
+}
+
+/// What the guest must not find.
+static SECRET: AtomicU64 = AtomicU64::new(0x5ec2_e75e_c2e7_5ec2);
+/// What is in RBX before each access.
+const POISON: u64 = 0x5a5a_5a5a_5a5a_5a5a;
+
+/// Addresses that no guest page is mapped at for user code: at the borders of windows and of canonical addresses, and those at
+/// which arithmetic on host addresses would end up at the host's memory.
+fn forbidden(base: u64) -> Vec<u64> {
+    const LAST: u64 = 0x7fff_ffff_fffc;
+    let mut out = vec![
+        0,
+        0xffff_fff8,
+        1 << 32,
+        (1 << 46) - 8,
+        1 << 46,
+        0x7fff_ffff_e000,
+        LAST,
+        1 << 47,
+        0x7000_0000_0000_0000 | base,
+        1 << 63 | base,
+        0xffff_0000_0000_0000 | base,
+        0xffff_c000_0000_0000 | base,
+        0xffff_7fff_ffff_fff8,
+        0xffff_ffff_ff60_0000,
+        0xffff_ffff_c000_0000,
+        0xffff_ffff_ffff_fff8,
+        KERNEL + SYSCALL_CODE,
+    ];
+    let local = 0u64;
+    let boxed = Box::new(0u64);
+    let library = libc::getpid as *const () as u64;
+    for host in [SECRET.as_ptr() as u64, &raw const local as u64, &raw const *boxed as u64, library & !7] {
+        // Where the high window is, and where the low one might be.
+        for distance in [0, 0x2b00_0000_0000, 0x2b00_0000_0000_u64.wrapping_neg(), 0x4000_0000_u64.wrapping_neg()] {
+            let la = host.wrapping_add(distance);
+            out.extend([la, la | 1 << 46, la | 0xffff << 48, la | 1 << 63, la ^ 1 << 47]);
+        }
+    }
+    out
+}
+
+/// What an access of 8 bytes to an address where nothing is for user code must find (SDM vol. 1, section 3.3.7.1; vol. 3,
+/// section 4.7).
+fn fault_at(la: u64, write: bool, stack: bool) -> (u64, u64) {
+    let canonical = |la: u64| (la as i64) << 16 >> 16 == la as i64;
+    if !canonical(la) || !canonical(la + 7) {
+        return (if stack { STACK_FAULT } else { GENERAL_PROTECTION }, 0);
+    }
+    let there = (KERNEL..KERNEL + RAM).contains(&la);
+    (PAGE_FAULT, 4 | u64::from(there) | u64::from(write) << 1)
+}
+
+/// Probes every forbidden address with every kind of access, each first as the only one and then behind good ones in the
+/// windows, so that code has been made for those.
+fn probe_all(policy: Windows, base: u64) {
+    for (name, code, write, stack) in probes() {
+        let mut g = Guest::new(policy, base, code);
+        let good = [LOW + DATA, HIGH + DATA];
+        for (n, la) in good.into_iter().enumerate() {
+            g.map(la, OTHER_RAM + n as u64 * 0x1000);
+        }
+        // The last page of the lower half, for what would reach beyond it.
+        g.map(0x7fff_ffff_f000, OTHER_RAM + 0x3000);
+        // Where the list is, and the page that is there.
+        let (list, there) = (base + ROOM, base + ROOM + 0x1000);
+        g.map(list, OTHER_RAM + 0x4000);
+        g.map(there, OTHER_RAM + 0x5000);
+        let ram = g.ram.clone();
+        g.set_hook(move |e| {
+            if let Event::Fault(f) = e {
+                ram.put(Fault::RIP, f.rdx);
+            }
+        });
+        let mut check = |addresses: &[u64], bad: &[u64]| {
+            for (n, &la) in addresses.iter().enumerate() {
+                g.ram.put(OTHER_RAM + 0x4000 + n as u64 * 8, la);
+            }
+            let count = addresses.len() as u64;
+            let gpr = g.run(&[(Reg::R8, list), (Reg::R9, count), (Reg::R13, there), (Reg::R15, POISON)]);
+            assert_eq!(
+                gpr[Reg::Rbx as usize],
+                POISON,
+                "{name} of {:#x} found something",
+                addresses[addresses.len() - 1]
+            );
+            let faults = g.faults();
+            assert_eq!(faults.len(), bad.len(), "{name} {addresses:x?}: {faults:x?}");
+            for (&la, f) in bad.iter().zip(&faults) {
+                assert_eq!((f.vector, f.error), fault_at(la, write, stack), "{name} {la:#x}: {f:x?}");
+                assert!(f.vector != PAGE_FAULT || f.cr2 == la, "{name} {la:#x}: {f:x?}");
+            }
+        };
+        let all = forbidden(base);
+        for &la in &all {
+            check(&[la], &[la]);
+        }
+        for good in good {
+            let behind: Vec<u64> = std::iter::once(good).chain(all.iter().copied()).collect();
+            check(&behind, &all);
+        }
+    }
+    assert_eq!(SECRET.load(Ordering::SeqCst), 0x5ec2_e75e_c2e7_5ec2, "the guest wrote the host's memory");
+}
+
+/// Accesses outside what the guest maps fault as on hardware, and never reach the host's memory.
+#[test]
+fn low_code_reaches_nothing_of_the_host() {
+    probe_all(Windows::Off, LOW);
+    probe_all(Windows::Always, LOW);
+}
+
+/// The same for code in the high window.
+#[test]
+fn high_code_reaches_nothing_of_the_host() {
+    probe_all(Windows::Off, HIGH);
+    probe_all(Windows::Always, HIGH);
+}
