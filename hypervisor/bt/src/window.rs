@@ -226,7 +226,6 @@ impl Window {
         self.links.push(exit);
     }
 
-
     /// All blocks are gone, and their links with them.
     pub(crate) fn forget_links(&mut self) {
         self.links.clear();
@@ -242,7 +241,8 @@ impl Window {
     /// Unmaps one page, and the large page around it.
     fn drop_page(&mut self, la: u64) {
         let page = la & !(PAGE - 1);
-        let (first, count) = if self.large.remove(&(page >> 21)).is_some() { (page & !0x1f_ffff, 512) } else { (page, 1) };
+        let (first, count) =
+            if self.large.remove(&(page >> 21)).is_some() { (page & !0x1f_ffff, 512) } else { (page, 1) };
         let mut any = false;
         for n in 0..count {
             any |= self.pages.remove(&(first + n * PAGE)).is_some();

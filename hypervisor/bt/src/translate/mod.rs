@@ -12,6 +12,7 @@ mod copy;
 mod golden;
 mod memory;
 mod privilege;
+mod runs;
 mod string;
 mod system;
 mod window;
@@ -89,6 +90,7 @@ pub(crate) struct Translator<'a> {
     missed_calls: Vec<(crate::asm::Label, crate::asm::Label, Instruction)>,
     missed_jumps: Vec<(crate::asm::Label, u32)>,
     slow_strings: Vec<string::SlowString>,
+    slow_runs: Vec<runs::SlowRun>,
     /// Stubs that go to the lookup: label, callout, which lookup.
     lookups: Vec<(crate::asm::Label, u32, Thunk)>,
     /// Exit stubs to be emitted: (exit, label).
@@ -173,6 +175,7 @@ impl<'a> Translator<'a> {
             missed_calls: Vec::new(),
             missed_jumps: Vec::new(),
             slow_strings: Vec::new(),
+            slow_runs: Vec::new(),
             lookups: Vec::new(),
             stubs: Vec::new(),
         }
@@ -203,7 +206,17 @@ impl<'a> Translator<'a> {
 
     fn body(mut self, code: &[Instruction], live: &[bool], entry: u32) -> Translated {
         let mut ended = false;
+        let mut in_run = 0;
         for (n, i) in code.iter().enumerate() {
+            if n < in_run {
+                continue;
+            }
+            let run = self.run_length(&code[n..]);
+            if run > 0 {
+                self.stack_run(&code[n..n + run], live[n]);
+                in_run = n + run;
+                continue;
+            }
             self.cur_rip = i.ip();
             self.cur_next = self.wrap(i.next_ip());
             self.accessed = false;
@@ -237,6 +250,7 @@ impl<'a> Translator<'a> {
             }
         }
         self.asm.cold();
+        self.emit_slow_runs();
         self.emit_slow_paths();
         self.emit_slow_strings();
         self.emit_far_sides();
