@@ -152,6 +152,8 @@ fn wait_pending() {
 unsafe fn interrupts() {
     // SAFETY: see `run`.
     unsafe {
+        // Firmware may have left the PIT ticking and its interrupt unmasked: after 55 ms that one would come first.
+        asm!("out 0x21, al", "out 0xa1, al", in("al") 0xffu8);
         set_gate(TIMER as usize, &raw const flow_interrupt as u64);
         reset();
         arm(10_000);
