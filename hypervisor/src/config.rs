@@ -19,6 +19,15 @@ pub enum SerialConfig {
     Null,
 }
 
+/// Where a report goes at the end of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReportTo {
+    /// Standard error.
+    Stderr,
+    /// A file.
+    File(PathBuf),
+}
+
 /// A machine to run.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -42,6 +51,10 @@ pub struct VmConfig {
     pub debug_exit: bool,
     /// Print counters at the end.
     pub stats: bool,
+    /// Sample the vCPU and report at the end.
+    pub profile: Option<ReportTo>,
+    /// System.map or kallsyms of the guest's kernel, for the profile.
+    pub profile_symbols: Option<PathBuf>,
 }
 
 /// An option that makes no sense.

@@ -11,6 +11,7 @@ pub mod engine;
 pub mod loader;
 pub mod memory;
 pub mod output;
+pub mod profile;
 pub mod smbios;
 pub mod terminal;
 pub mod timer;

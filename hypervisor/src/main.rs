@@ -1,12 +1,12 @@
 //! The command line: parse, then call in.
 
 use clap::{Args, Parser, Subcommand};
-use paravane::config::{self, SerialConfig, VmConfig};
+use paravane::config::{self, ReportTo, SerialConfig, VmConfig};
 use paravane::engine::{EngineKind, Windows};
 use paravane::vm;
 use std::fmt::Display;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// A hypervisor that needs no root, no kernel module and no /dev/kvm.
@@ -72,6 +72,12 @@ struct Run {
     /// Print counters when the guest has stopped
     #[arg(long)]
     stats: bool,
+    /// Sample what the vCPU spends its time on, and report when the guest has stopped: to standard error or to FILE
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = "-")]
+    profile: Option<PathBuf>,
+    /// Names for the profile: System.map or a copy of /proc/kallsyms of the guest's kernel
+    #[arg(long, value_name = "FILE", requires = "profile")]
+    profile_symbols: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -87,6 +93,8 @@ fn main() -> ExitCode {
         serial: r.serial,
         debug_exit: r.debug_exit,
         stats: r.stats,
+        profile: r.profile.map(|p| if p == Path::new("-") { ReportTo::Stderr } else { ReportTo::File(p) }),
+        profile_symbols: r.profile_symbols,
     };
     match vm::run(&cfg) {
         Ok(outcome) => {

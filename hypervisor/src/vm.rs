@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use paravane_cpu::VcpuExit;
 
 use crate::chipset::{Chipset, ChipsetConfig};
-use crate::config::{ConfigError, SerialConfig, VmConfig};
+use crate::config::{ConfigError, ReportTo, SerialConfig, VmConfig};
 use crate::devices::control::StopCause;
 use crate::devices::lapic;
-use crate::engine::{self, EngineError, MachineInfo, Vcpu};
+use crate::engine::{self, EngineError, MachineInfo, Profile, Vcpu};
 use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
+use crate::profile::{self, Symbols};
 use crate::terminal::{Event, Terminal};
 use crate::{acpi, memory, smbios, terminal, tsc};
 
@@ -44,6 +45,17 @@ pub enum VmError {
         /// The host's reason.
         why: io::Error,
     },
+    /// The profile's file cannot be made or written.
+    #[error("the profile's file \"{path}\" cannot be written ({why}); check the path and its permissions")]
+    ProfileFile {
+        /// Its path.
+        path: String,
+        /// The host's reason.
+        why: io::Error,
+    },
+    /// The symbol file is of no use.
+    #[error(transparent)]
+    Symbols(#[from] profile::SymbolsError),
     /// The kernel or initrd is no file whose end can be reached.
     #[error("the {what} \"{path}\" is a device; name a file instead")]
     Device {
@@ -142,6 +154,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     {
         return Err(VmError::EmptyInitrd(p.display().to_string()));
     }
+    let profiling = cfg.profile.as_ref().map(|to| Profiling::open(to, cfg.profile_symbols.as_deref())).transpose()?;
     terminal::block_signals();
 
     let mem = memory::create(cfg.memory)?;
@@ -158,6 +171,9 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let format = loader::load(&mem, &boot, vcpu.state_mut())?;
     drop((kernel, initrd));
     chipset.set_kick(0, vcpu.kick());
+    if profiling.is_some() {
+        vcpu.start_profile()?;
+    }
 
     let terminal = {
         let (feed, ending, output) = (chipset.clone(), ending.clone(), output.clone());
@@ -187,11 +203,14 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         output.finish();
     }
     drop(terminal);
-    let (result, counters) = ran.map_err(|_| VmError::Defect)?;
+    let ran = ran.map_err(|_| VmError::Defect)?;
     if cfg.stats {
-        print_stats(format, reason, ran_for, &counters);
+        print_stats(format, reason, ran_for, &ran.counters);
     }
-    result?;
+    if let (Some(to), Some(profile)) = (profiling, &ran.profile) {
+        to.report(profile)?;
+    }
+    ran.result?;
     let cause = chipset.stop_cause().unwrap_or(StopCause::Host);
     match ending.early.get() {
         Some(Early::Signal(s)) if cause == StopCause::Host => Ok(Outcome::Signal(*s)),
@@ -263,8 +282,15 @@ impl Serial {
 
 type Counters = Vec<(String, u64)>;
 
+/// What a vCPU leaves behind.
+struct Ran {
+    result: Result<(), EngineError>,
+    counters: Counters,
+    profile: Option<Profile>,
+}
+
 /// A vCPU's thread.
-fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> (Result<(), EngineError>, Counters) {
+fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> Ran {
     let result = loop {
         match vcpu.run() {
             Ok(VcpuExit::Halt) => chipset.wait_for_interrupt(id),
@@ -279,7 +305,42 @@ fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> (Result<(), 
             }
         }
     };
-    (result, vcpu.counters())
+    Ran { result, counters: vcpu.counters(), profile: vcpu.take_profile() }
+}
+
+/// Where a profile goes and what it is read with: both are opened before the run, so that none is in vain.
+struct Profiling {
+    /// A file and its name, or else standard error.
+    file: Option<(fs::File, String)>,
+    symbols: Option<Symbols>,
+}
+
+impl Profiling {
+    fn open(to: &ReportTo, symbols: Option<&Path>) -> Result<Self, VmError> {
+        let symbols = symbols.map(|p| read("symbol file", p)).transpose()?;
+        let symbols = symbols.map(|bytes| Symbols::parse(&String::from_utf8_lossy(&bytes))).transpose()?;
+        let file = match to {
+            ReportTo::Stderr => None,
+            ReportTo::File(path) => {
+                let name = path.display().to_string();
+                let file = fs::File::create(path).map_err(|why| VmError::ProfileFile { path: name.clone(), why })?;
+                Some((file, name))
+            }
+        };
+        Ok(Self { file, symbols })
+    }
+
+    fn report(self, profile: &Profile) -> Result<(), VmError> {
+        let text = profile::report(profile, self.symbols.as_ref());
+        match self.file {
+            Some((mut file, path)) => file.write_all(text.as_bytes()).map_err(|why| VmError::ProfileFile { path, why }),
+            // A closed standard error leaves nobody to read it.
+            None => {
+                let _ = io::stderr().write_all(text.as_bytes());
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Reads a file, which may be a pipe but no device: those have no end.

@@ -40,6 +40,16 @@ impl Placed {
         if at < self.hot_len { self.hot + at } else { self.cold + at - self.hot_len }
     }
 
+    /// Cache offset behind the hot part.
+    pub(crate) fn hot_end(self) -> u32 {
+        self.hot + self.hot_len
+    }
+
+    #[cfg(test)]
+    pub(crate) fn new(hot: u32, hot_len: u32, cold: u32) -> Self {
+        Self { hot, cold, hot_len }
+    }
+
     /// Offset in the block as it was assembled of a place in its cold part.
     pub(crate) fn cold_offset(self, at: u32) -> u32 {
         at - self.cold + self.hot_len

@@ -4,6 +4,7 @@
 use crate::block::{Action, Mode, NO_CALLOUT};
 use crate::dispatch::EXIT_RESYNC;
 use crate::engine::Engine;
+use crate::profile::Cause;
 use crate::softmmu::Resolved;
 use iced_x86::Mnemonic;
 use paravane_cpu::cpuid::Vendor;
@@ -59,6 +60,7 @@ pub(crate) unsafe extern "sysv64" fn seg_mem(e: *mut Engine, offset: u64, site: 
     let e = unsafe { &mut *e };
     let s = e.tables.sites[site as usize];
     let rip = e.site_rip(&s);
+    e.doing(Cause::Bounce, rip);
     match e.segment_address(&s, offset) {
         Ok(la) => match e.resolve_segmented(la, &s) {
             Ok(Some(p)) => Back::resume(p, s.simd),
@@ -72,6 +74,7 @@ pub(crate) unsafe extern "sysv64" fn seg_mem(e: *mut Engine, offset: u64, site: 
 fn finish_access(e: &mut Engine, la: u64, site: u32) -> Back {
     let s = e.tables.sites[site as usize];
     let rip = e.site_rip(&s);
+    e.doing(Cause::TlbMiss, rip);
     match e.resolve(la, &s) {
         Ok(Resolved::Filled) => {
             let at = e.tables.blocks[s.block as usize].placed.offset(s.retry);
@@ -104,6 +107,7 @@ pub(crate) unsafe extern "sysv64" fn commit(e: *mut Engine, site: u32) -> Back {
     // SAFETY: as in `mem`.
     let e = unsafe { &mut *e };
     let s = e.tables.sites[site as usize];
+    e.doing(Cause::Bounce, e.site_rip(&s));
     match e.commit_bounce() {
         Ok(()) => Back::resume(0, s.simd),
         Err(exc) => {
@@ -120,6 +124,7 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
     let c = &e.tables.callouts[callout as usize];
     let (i, action, simd, ends) = (c.instr, c.action, c.simd, c.ends);
     let block = c.block as usize;
+    e.doing(Cause::Emulate(i.mnemonic() as u16), i.ip());
     let mode = e.tables.blocks[block].key.mode;
     let stepping = mode.has(Mode::STEP);
     let st = e.cpu();
@@ -232,6 +237,7 @@ pub(crate) unsafe extern "sysv64" fn lookup(e: *mut Engine, branch: u32) -> Back
     let e = unsafe { &mut *e };
     e.stats.lookup_callouts += 1;
     let st = e.cpu();
+    e.doing(Cause::IndirectMiss, st.rip);
     if branch != NO_CALLOUT && st.code64() && !mmu::is_canonical(st.rip) && e.cpuid.vendor() != Vendor::Amd {
         // Intel CPUs raise the fault at the branch, before it has any effect; AMD's at its target.
         let i = e.tables.callouts[branch as usize].instr;
@@ -262,6 +268,7 @@ pub(crate) unsafe extern "sysv64" fn chain(e: *mut Engine, exit: u32) -> Back {
     let e = unsafe { &mut *e };
     e.stats.chain_callouts += 1;
     let x = &e.tables.exits[exit as usize];
+    e.doing(Cause::Chain, x.target_rip);
     e.variant = x.target_mode.0 & Mode::MIXED;
     e.cpu().rip = x.target_rip;
     let generation = e.stats.cache_flushes;

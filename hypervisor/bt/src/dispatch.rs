@@ -3,6 +3,7 @@
 
 use crate::engine::Engine;
 use crate::fault;
+use crate::profile::Cause;
 use crate::state::BtState;
 use crate::thunks;
 use crate::vcpu::BtError;
@@ -18,6 +19,10 @@ impl Engine {
     pub(crate) fn dispatch(&mut self) -> Result<VcpuExit, BtError> {
         let _gs = GsBase::new(self.state)?;
         loop {
+            self.doing(Cause::Dispatch, self.cpu().rip);
+            if self.profile.filling() {
+                self.attribute_samples();
+            }
             if let Some(StopReason::TripleFault) = self.stop.take() {
                 return Ok(VcpuExit::TripleFault);
             }
@@ -29,6 +34,7 @@ impl Engine {
                 return Ok(VcpuExit::Stopped);
             }
             self.deliver_events();
+            self.profile.begin(Cause::Dispatch);
             if self.stop.is_some() {
                 continue;
             }
@@ -60,6 +66,7 @@ impl Engine {
 
     /// Delivers what is pending and permitted.
     fn deliver_events(&mut self) {
+        self.profile.begin(Cause::Interrupt);
         let st = self.cpu();
         if st.nmi_blocked == 0 && st.irq_shadow == 0 && self.bus.take_nmi(self.id) {
             st.halted = 0;
@@ -99,6 +106,7 @@ impl Engine {
     /// Delivers an exception at `rip`.
     pub(crate) fn raise(&mut self, exc: Exception, rip: u64) {
         self.stats.exceptions += 1;
+        let before = self.profile.begin(Cause::Exception);
         if matches!(exc, Exception::PageFault { .. }) {
             self.stats.page_faults += 1;
         }
@@ -112,6 +120,7 @@ impl Engine {
         if let Err(stop) = interrupt::deliver(st, self, exc) {
             self.stop = Some(stop);
         }
+        self.profile.back(before);
     }
 
     /// A signal handler left translated code; the state says what happened.

@@ -122,7 +122,8 @@ impl Blocked {
         unsafe {
             let (mut block, mut before) = (std::mem::zeroed(), std::mem::zeroed());
             libc::sigfillset(&mut block);
-            for sig in SIGNALS {
+            // The profiler's handler comes in by the same door as the translator's.
+            for sig in SIGNALS.into_iter().chain([libc::SIGPROF]) {
                 libc::sigdelset(&mut block, sig);
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, &block, &mut before);
@@ -139,6 +140,10 @@ impl Drop for Blocked {
 }
 
 pub(crate) unsafe extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ctx: *mut libc::c_void) {
+    if sig == libc::SIGPROF {
+        // SAFETY: the context is the kernel's.
+        return unsafe { crate::profile::sample(ctx) };
+    }
     let engine = CURRENT.get();
     if !engine.is_null() {
         // SAFETY: the engine outlives `Running`; the context is the kernel's. The thread was in translated code if the check
@@ -154,6 +159,7 @@ pub(crate) unsafe extern "C" fn handler(sig: i32, info: *mut libc::siginfo_t, ct
 
 /// Turns a fault in translated code into an exit; false when it is not in translated code or not at a known place.
 unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
+    e.profile.begin(crate::profile::Cause::Signal);
     let regs = &mut ctx.uc_mcontext.gregs;
     let rip = regs[libc::REG_RIP as usize] as u64;
     let trap = regs[libc::REG_TRAPNO as usize] as u32;

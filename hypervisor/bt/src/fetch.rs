@@ -3,6 +3,7 @@
 
 use crate::block::{Block, BlockId, Key, Mode, NO_EXIT};
 use crate::engine::{Engine, WordMap};
+use crate::profile::Cause;
 use crate::state::{JC_ENTRIES, JumpEntry, NO_SELECTOR};
 use crate::translate::{Decoded, Hint, Translator, decode};
 use paravane_cpu::mmu::{self, Access, AccessKind};
@@ -110,7 +111,11 @@ impl Engine {
                 st.irq_shadow = 0;
                 mode.0 |= Mode::SINGLE;
             }
-            if self.use_window(mode) {
+            let before = self.profile.begin(Cause::Window);
+            self.doing(Cause::Window, st.rip);
+            let windowed = self.use_window(mode);
+            self.profile.back(before);
+            if windowed {
                 mode.0 |= Mode::WINDOW | self.variant;
             }
             self.variant = 0;
@@ -263,7 +268,10 @@ impl Engine {
             }
             self.kill_block(id);
         }
-        self.translate(key, la)
+        let before = self.profile.begin(Cause::Translate);
+        let made = self.translate(key, la);
+        self.profile.back(before);
+        made
     }
 
     fn translate(&mut self, mut key: Key, la: u64) -> Result<Option<BlockId>, Exception> {
@@ -460,6 +468,7 @@ impl Engine {
 
     /// Forgets all translated code. Nobody may be inside a block.
     pub(crate) fn empty_cache(&mut self) {
+        self.attribute_samples();
         self.cache_full = false;
         self.stats.cache_flushes += 1;
         self.map.clear();

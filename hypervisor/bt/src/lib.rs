@@ -13,6 +13,7 @@
 //! | doors between Rust and translated code | `thunks`, `state` (the shared memory) |
 //! | what Rust does for translated code | `callouts`, `softmmu` (TLB fills, stores into code) |
 //! | host signals that become guest exceptions | `fault` |
+//! | where the time goes | `profile` |
 //!
 //! What instructions mean when they are not copied is in `paravane-cpu`.
 
@@ -25,6 +26,7 @@ mod engine;
 mod environment;
 mod fault;
 mod fetch;
+mod profile;
 mod regs;
 mod softmmu;
 mod state;
@@ -34,4 +36,5 @@ mod translate;
 mod vcpu;
 mod window;
 
+pub use profile::{Cause, Profile, ProfileEntry};
 pub use vcpu::{BtConfig, BtError, BtKick, BtVcpu, GuestRam, Windows};

@@ -3,6 +3,7 @@
 
 use crate::block::{BlockId, Site};
 use crate::engine::Engine;
+use crate::profile::Cause;
 use crate::state::{JumpEntry, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::{Env, Exception, Seg, ea};
@@ -69,6 +70,7 @@ impl Engine {
         let kind = if s.write { AccessKind::Write } else { AccessKind::Read };
         if (la ^ last) >> 12 != 0 || last < la {
             if s.window && self.pieces(la, usize::from(s.size), kind).is_ok() {
+                self.profile.begin(Cause::Window);
                 let (a, b) = (self.map_in_window(la, s.write), self.map_in_window(last, s.write));
                 if a || b {
                     return Ok(Resolved::Filled);
@@ -94,6 +96,7 @@ impl Engine {
         }
         if s.window {
             // The soft TLB does not serve this access: what no window can hold goes through the bounce buffer.
+            self.profile.begin(Cause::Window);
             return if self.map_in_window(la, s.write) {
                 Ok(Resolved::Filled)
             } else {
@@ -166,6 +169,7 @@ impl Engine {
             }
         }
         self.stats.bounced += 1;
+        self.profile.begin(Cause::Bounce);
         self.bounce = BounceTarget { pieces, at: start, active: None, fault: None, x87: false };
         let buf = &mut self.shared().bounce.0;
         let mut at = start;

@@ -3,6 +3,7 @@
 
 use crate::engine::Engine;
 use crate::fault;
+use crate::profile::Profile;
 use crate::state::{BtState, PollPage};
 use crate::window::LOW_SPAN;
 use paravane_cpu::{Bus, CpuState, VcpuExit};
@@ -270,6 +271,19 @@ impl BtVcpu {
     /// Named counters since the vCPU was made.
     pub fn stats(&self) -> Vec<(String, u64)> {
         self.engine.counters()
+    }
+
+    /// Samples what the vCPU spends its time on, from now on.
+    ///
+    /// # Errors
+    /// When the host refuses the signal's handler.
+    pub fn start_profile(&mut self) -> Result<(), BtError> {
+        self.engine.profile.start()
+    }
+
+    /// What was sampled since [`Self::start_profile`] or the last call; `None` when nobody asked for samples.
+    pub fn take_profile(&mut self) -> Option<Profile> {
+        self.engine.take_profile()
     }
 
     /// Tells the engine that guest RAM was written behind its back (device DMA, a loader).

@@ -1,6 +1,6 @@
 //! Binary translation behind the seam.
 
-use super::{EngineError, MachineInfo, Vcpu};
+use super::{EngineError, MachineInfo, Profile, Vcpu};
 use crate::devices::control::Kick;
 use crate::memory::GuestRam;
 use paravane_bt::{BtConfig, BtKick, BtVcpu};
@@ -45,5 +45,11 @@ impl Vcpu for BtEngine {
     }
     fn counters(&self) -> Vec<(String, u64)> {
         self.0.stats()
+    }
+    fn start_profile(&mut self) -> Result<(), EngineError> {
+        Ok(self.0.start_profile()?)
+    }
+    fn take_profile(&mut self) -> Option<Profile> {
+        self.0.take_profile()
     }
 }

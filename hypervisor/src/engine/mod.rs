@@ -10,7 +10,7 @@ use crate::memory::GuestRam;
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use std::sync::Arc;
 
-pub use paravane_bt::Windows;
+pub use paravane_bt::{Profile, Windows};
 
 /// Which engine a user asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +36,13 @@ pub trait Vcpu: Send {
     fn kick(&self) -> Arc<dyn Kick>;
     /// Named counters.
     fn counters(&self) -> Vec<(String, u64)>;
+    /// Samples what time is spent on, from the next run on.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn start_profile(&mut self) -> Result<(), EngineError>;
+    /// What was sampled, if anything was to be.
+    fn take_profile(&mut self) -> Option<Profile>;
 }
 
 /// A host problem of an engine.
