@@ -28,6 +28,15 @@ pub enum ReportTo {
     File(PathBuf),
 }
 
+/// What becomes of the names that perf is given when the run ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PerfMap {
+    /// They go: perf looks at the run while it lasts.
+    Remove,
+    /// They stay for a later report.
+    Keep,
+}
+
 /// A machine to run.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -55,6 +64,8 @@ pub struct VmConfig {
     pub profile: Option<ReportTo>,
     /// System.map or kallsyms of the guest's kernel, for the profile.
     pub profile_symbols: Option<PathBuf>,
+    /// Write names of translated code for perf; whether to keep them.
+    pub perf_map: Option<PerfMap>,
 }
 
 /// An option that makes no sense.
@@ -75,6 +86,9 @@ pub enum ConfigError {
     /// A choice about windows that does not exist.
     #[error("\"{0}\" says nothing about windows; use off, auto or always")]
     Windows(String),
+    /// A fate of the names for perf that does not exist.
+    #[error("\"{0}\" says nothing about the names for perf; use remove or keep")]
+    PerfMap(String),
     /// A serial target that does not exist.
     #[error("\"{0}\" is no place for the serial port; use stdio, null or file=PATH")]
     Serial(String),
@@ -126,6 +140,18 @@ pub fn parse_windows(text: &str) -> Result<Windows, ConfigError> {
         "auto" => Ok(Windows::Auto),
         "always" => Ok(Windows::Always),
         _ => Err(ConfigError::Windows(text.to_owned())),
+    }
+}
+
+/// Reads what becomes of the names for perf.
+///
+/// # Errors
+/// When it is neither word.
+pub fn parse_perf_map(text: &str) -> Result<PerfMap, ConfigError> {
+    match text {
+        "remove" => Ok(PerfMap::Remove),
+        "keep" => Ok(PerfMap::Keep),
+        _ => Err(ConfigError::PerfMap(text.to_owned())),
     }
 }
 

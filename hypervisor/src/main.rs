@@ -1,7 +1,7 @@
 //! The command line: parse, then call in.
 
 use clap::{Args, Parser, Subcommand};
-use paravane::config::{self, ReportTo, SerialConfig, VmConfig};
+use paravane::config::{self, PerfMap, ReportTo, SerialConfig, VmConfig};
 use paravane::engine::{EngineKind, Windows};
 use paravane::vm;
 use std::fmt::Display;
@@ -78,6 +78,16 @@ struct Run {
     /// Names for the profile: System.map or a copy of /proc/kallsyms of the guest's kernel
     #[arg(long, value_name = "FILE", requires = "profile")]
     profile_symbols: Option<PathBuf>,
+    /// Name translated code for perf in /tmp/perf-PID.map while the guest runs; with "keep" also after, for perf report
+    #[arg(
+        long,
+        value_name = "FATE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "remove",
+        value_parser = config::parse_perf_map
+    )]
+    perf_map: Option<PerfMap>,
 }
 
 fn main() -> ExitCode {
@@ -95,6 +105,7 @@ fn main() -> ExitCode {
         stats: r.stats,
         profile: r.profile.map(|p| if p == Path::new("-") { ReportTo::Stderr } else { ReportTo::File(p) }),
         profile_symbols: r.profile_symbols,
+        perf_map: r.perf_map,
     };
     match vm::run(&cfg) {
         Ok(outcome) => {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use paravane_cpu::VcpuExit;
 
 use crate::chipset::{Chipset, ChipsetConfig};
-use crate::config::{ConfigError, ReportTo, SerialConfig, VmConfig};
+use crate::config::{ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig};
 use crate::devices::control::StopCause;
 use crate::devices::lapic;
 use crate::engine::{self, EngineError, MachineInfo, Profile, Vcpu};
@@ -171,6 +171,9 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let format = loader::load(&mem, &boot, vcpu.state_mut())?;
     drop((kernel, initrd));
     chipset.set_kick(0, vcpu.kick());
+    if let Some(names) = cfg.perf_map {
+        vcpu.write_perf_map(names == PerfMap::Keep)?;
+    }
     if profiling.is_some() {
         vcpu.start_profile()?;
     }

@@ -1,11 +1,15 @@
 //! `--profile`: a guest that computes is seen to compute, one that talks to devices is seen to do that, and symbols are found
-//! although the guest's kernel is elsewhere than its symbol file says.
+//! although the guest's kernel is elsewhere than its symbol file says. `--perf-map`: perf finds the names of translated code.
+#![allow(unsafe_code)] // Signals are host calls.
 
 mod common;
 
-use common::{POWER_OFF, Scratch, code, finish, pvh, run, sentence};
+use common::{ECHO, Guest, PATIENCE, POWER_OFF, SPIN, Scratch, code, finish, pvh, run, say, sentence};
 use std::fs;
-use std::path::Path;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Instant;
 
 /// Where images of [`pvh`] are loaded and entered, in 32-bit mode.
 const ENTRY: u32 = 0x10_0000;
@@ -92,4 +96,68 @@ fn what_cannot_be_read_or_written_is_said_before_the_run() {
     }
     let output = finish(run(&kernel).arg("--profile-symbols").arg(&text));
     assert_eq!(output.status.code(), Some(2), "{output:?}");
+}
+
+/// Where perf looks for the names of a process's code.
+fn perf_map(guest: &Guest) -> PathBuf {
+    PathBuf::from(format!("/tmp/perf-{}.map", guest.0.id()))
+}
+
+/// Lines of a perf map: start, length, name.
+fn names(map: &Path) -> Vec<(u64, u64, String)> {
+    let text = fs::read_to_string(map).unwrap();
+    let number = |w: Option<&str>| u64::from_str_radix(w.unwrap(), 16).unwrap();
+    let line = |l: &str| {
+        let mut words = l.splitn(3, ' ');
+        (number(words.next()), number(words.next()), words.next().unwrap().to_owned())
+    };
+    text.lines().map(line).collect()
+}
+
+#[test]
+fn perf_finds_the_names_of_translated_code_while_the_guest_runs() {
+    let files = Scratch::new();
+    let kernel = files.file("kernel", &pvh(&code(&[&say("ready"), ECHO, POWER_OFF])));
+    let mut guest = Guest::start(run(&kernel).arg("--perf-map").stdin(Stdio::piped()).stdout(Stdio::piped()));
+    guest.0.stdout.as_mut().unwrap().read_exact(&mut [0; 5]).unwrap();
+    let map = perf_map(&guest);
+    let names = names(&map);
+    assert!(names.iter().any(|(_, _, name)| *name == format!("guest_{ENTRY:x}_0")), "{names:?}");
+    // The kernel names a mapping without a file thus, and perf goes by that.
+    let maps = fs::read_to_string(format!("/proc/{}/maps", guest.0.id())).unwrap();
+    for (start, len, name) in names {
+        assert!(len > 0);
+        let line = maps.lines().find(|l| {
+            let (from, to) = l.split(' ').next().and_then(|r| r.split_once('-')).unwrap();
+            let [from, to] = [from, to].map(|n| u64::from_str_radix(n, 16).unwrap());
+            from <= start && start + len <= to
+        });
+        assert!(line.is_some_and(|l| l.contains(" r-xs ") && l.contains("/dev/zero")), "{name}: {line:?}");
+    }
+    guest.0.stdin.as_mut().unwrap().write_all(b"q").unwrap();
+    assert_eq!(guest.end().code(), Some(0));
+    assert!(!map.exists(), "{map:?} is left behind");
+}
+
+#[test]
+fn names_for_perf_stay_if_asked_and_go_with_a_stopped_guest() {
+    let files = Scratch::new();
+    let kernel = files.file("kernel", &pvh(POWER_OFF));
+    let mut guest = Guest::start(run(&kernel).arg("--perf-map=keep"));
+    assert_eq!(guest.end().code(), Some(0));
+    let map = perf_map(&guest);
+    assert!(!names(&map).is_empty());
+    fs::remove_file(&map).unwrap();
+
+    let kernel = files.file("spin", &pvh(SPIN));
+    let mut guest = Guest::start(run(&kernel).arg("--perf-map"));
+    let map = perf_map(&guest);
+    let began = Instant::now();
+    while !map.exists() {
+        assert!(began.elapsed() < PATIENCE, "no {map:?}");
+    }
+    // SAFETY: sends a signal to our own child, which was not waited for.
+    assert_eq!(unsafe { libc::kill(guest.0.id() as i32, libc::SIGTERM) }, 0);
+    assert_eq!(guest.end().code(), Some(143));
+    assert!(!map.exists(), "{map:?} is left behind");
 }

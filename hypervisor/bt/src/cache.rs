@@ -56,13 +56,36 @@ impl Placed {
     }
 }
 
+fn fail(what: &str) -> BtError {
+    BtError::Host(format!("{what}: {}", std::io::Error::last_os_error()))
+}
+
+/// Reserves addresses, at a multiple of the size of huge pages.
+fn reserve(len: usize) -> Option<*mut libc::c_void> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // Huge pages want addresses that are multiples of their size: reserve more, and give the rest back.
+    // SAFETY: a fresh reservation, and parts of it given back.
+    unsafe {
+        let all = libc::mmap(std::ptr::null_mut(), len + HUGE, libc::PROT_NONE, flags, -1, 0);
+        if all == libc::MAP_FAILED {
+            return None;
+        }
+        let at = (all as usize).next_multiple_of(HUGE);
+        let head = at - all as usize;
+        if head > 0 {
+            libc::munmap(all, head);
+        }
+        libc::munmap((at + len) as *mut libc::c_void, HUGE - head);
+        Some(at as *mut libc::c_void)
+    }
+}
+
 // SAFETY: the mappings are owned by this value and are not tied to a thread.
 unsafe impl Send for CodeMemory {}
 
 impl CodeMemory {
     /// Reserves `len` bytes; pages are committed when first used.
     pub(crate) fn new(len: usize) -> Result<Self, BtError> {
-        let fail = |what: &str| BtError::Host(format!("{what}: {}", std::io::Error::last_os_error()));
         // SAFETY: the name is a valid C string; the descriptor is checked and closed below.
         let fd = unsafe { libc::memfd_create(c"paravane-tc".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -70,40 +93,52 @@ impl CodeMemory {
         }
         let len = len.next_multiple_of(HUGE);
         let map = |prot| {
-            // Huge pages want addresses that are multiples of their size: reserve more, and map in the middle.
-            // SAFETY: a fresh reservation, then our own descriptor inside it, then the rest given back.
-            unsafe {
-                let all = libc::mmap(
-                    std::ptr::null_mut(),
-                    len + HUGE,
-                    libc::PROT_NONE,
-                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                    -1,
-                    0,
-                );
-                if all == libc::MAP_FAILED {
-                    return all;
-                }
-                let at = (all as usize).next_multiple_of(HUGE);
-                let head = at - all as usize;
-                if head > 0 {
-                    libc::munmap(all, head);
-                }
-                libc::munmap((at + len) as *mut libc::c_void, HUGE - head);
-                libc::mmap(at as *mut libc::c_void, len, prot, libc::MAP_SHARED | libc::MAP_FIXED, fd, 0)
-            }
+            let at = reserve(len)?;
+            // SAFETY: our own descriptor over our own reservation.
+            let p = unsafe { libc::mmap(at, len, prot, libc::MAP_SHARED | libc::MAP_FIXED, fd, 0) };
+            (p != libc::MAP_FAILED).then_some(p)
         };
         // SAFETY: `fd` is ours.
         let sized = unsafe { libc::ftruncate(fd, len as libc::off_t) } == 0;
-        let rw = map(libc::PROT_READ | libc::PROT_WRITE);
-        let rx = map(libc::PROT_READ | libc::PROT_EXEC);
+        let views = map(libc::PROT_READ | libc::PROT_WRITE).zip(map(libc::PROT_READ | libc::PROT_EXEC));
         // SAFETY: `fd` is ours and no longer needed; the mappings keep the memory.
         unsafe { libc::close(fd) };
-        if !sized || rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
+        Self::with_views(views.filter(|_| sized), len)
+    }
+
+    /// The same in memory without a file, which perf wants: it looks for the names of code in `/tmp/perf-PID.map` only if
+    /// the code is in no file. The second view is a copy of the first one's mapping, which not every host can make.
+    pub(crate) fn anonymous(len: usize) -> Result<Self, BtError> {
+        let len = len.next_multiple_of(HUGE);
+        let views = reserve(len).zip(reserve(len)).and_then(|(rw, rx)| {
+            let prot = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+            // SAFETY: over our own reservations. Copying a shared mapping makes another view of the same memory.
+            unsafe {
+                let rw = libc::mmap(rw, len, prot, flags, -1, 0);
+                if rw == libc::MAP_FAILED {
+                    return None;
+                }
+                let to = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                let rx = libc::mremap(rw, 0, len, to, rx);
+                let made = rx != libc::MAP_FAILED && libc::mprotect(rx, len, libc::PROT_READ | libc::PROT_EXEC) == 0;
+                made.then_some((rw, rx))
+            }
+        });
+        Self::with_views(views, len)
+    }
+
+    fn with_views(views: Option<(*mut libc::c_void, *mut libc::c_void)>, len: usize) -> Result<Self, BtError> {
+        let Some((rw, rx)) = views else {
             return Err(fail("the translation cache cannot be mapped (does this host forbid executable mappings?)"));
-        }
+        };
         let split = (len / 2).next_multiple_of(HUGE);
         Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split, small_hot: 0, small_cold: split })
+    }
+
+    /// Bytes in the cache.
+    pub(crate) fn size(&self) -> usize {
+        self.len
     }
 
     /// Address of an offset, as executed.

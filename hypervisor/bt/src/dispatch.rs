@@ -3,7 +3,7 @@
 
 use crate::engine::Engine;
 use crate::fault;
-use crate::profile::Cause;
+use crate::profile::{self, Cause};
 use crate::state::BtState;
 use crate::thunks;
 use crate::vcpu::BtError;
@@ -18,6 +18,7 @@ pub(crate) const EXIT_FAULT: u64 = 1;
 impl Engine {
     pub(crate) fn dispatch(&mut self) -> Result<VcpuExit, BtError> {
         let _gs = GsBase::new(self.state)?;
+        let _sampled = profile::Running::new(&mut self.profile)?;
         loop {
             self.doing(Cause::Dispatch, self.cpu().rip);
             if self.profile.filling() {

@@ -5,7 +5,8 @@ use crate::asm::Asm;
 use crate::block::{BlockId, FaultKind, Key, Tables};
 use crate::cache::CodeMemory;
 use crate::fetch::{CodePage, ExecTlb};
-use crate::profile::{self, Profiler};
+use crate::perf_map::PerfMap;
+use crate::profile::Profiler;
 use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Thunk, VIEWS};
 use crate::stats::Stats;
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
@@ -132,6 +133,8 @@ pub(crate) struct Engine {
     pub(crate) cpuid: CpuidPolicy,
     pub(crate) stats: Stats,
     pub(crate) profile: Profiler,
+    /// Names of blocks for perf, if somebody wants them.
+    pub(crate) perf_map: Option<PerfMap>,
     /// Emulated instructions by mnemonic.
     pub(crate) emulated: Vec<u64>,
 
@@ -226,6 +229,7 @@ impl Engine {
             cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz }),
             stats: Stats::default(),
             profile: Profiler::new(state),
+            perf_map: None,
             emulated: vec![0; Mnemonic::values().len()],
             code: CodeMemory::new(cfg.cache_bytes.clamp(1 << 20, 1 << 30))?,
             tables: Tables::default(),
@@ -320,7 +324,6 @@ impl Engine {
         let _alt = fault::AltStack::new()?;
         let _running = fault::Running::new(self);
         let _signals = fault::Blocked::new();
-        let _sampled = profile::Running::new(&mut self.profile)?;
         self.shared().engine = std::ptr::from_mut(self) as u64;
         self.dispatch()
     }

@@ -348,6 +348,7 @@ impl Engine {
             faults: faults..self.tables.faults.len() as u32,
             live: !key.mode.alone(),
         });
+        self.name_block(id);
         if !key.mode.alone() {
             self.map.insert(key, id);
             self.watch_page(key.gpa & !0xfff, id);
@@ -478,6 +479,7 @@ impl Engine {
         self.forget_calls();
         self.tables.clear();
         self.code.clear();
+        self.forget_names();
         for view in 0..crate::state::VIEWS {
             self.flush_jump_cache(view);
         }

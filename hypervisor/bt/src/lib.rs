@@ -13,7 +13,7 @@
 //! | doors between Rust and translated code | `thunks`, `state` (the shared memory) |
 //! | what Rust does for translated code | `callouts`, `softmmu` (TLB fills, stores into code) |
 //! | host signals that become guest exceptions | `fault` |
-//! | where the time goes | `profile` |
+//! | where the time goes | `profile`, `perf_map` (names for perf) |
 //!
 //! What instructions mean when they are not copied is in `paravane-cpu`.
 
@@ -26,6 +26,7 @@ mod engine;
 mod environment;
 mod fault;
 mod fetch;
+mod perf_map;
 mod profile;
 mod regs;
 mod softmmu;

@@ -286,6 +286,15 @@ impl BtVcpu {
         self.engine.take_profile()
     }
 
+    /// Writes names of translated blocks for perf to `/tmp/perf-PID.map`, which is removed with the vCPU unless it is to be
+    /// kept. Only before the first [`Self::run`], and for one vCPU of a process.
+    ///
+    /// # Errors
+    /// When the file cannot be made, or the host cannot map the translation cache as perf wants it.
+    pub fn write_perf_map(&mut self, keep: bool) -> Result<(), BtError> {
+        self.engine.write_perf_map(keep)
+    }
+
     /// Tells the engine that guest RAM was written behind its back (device DMA, a loader).
     pub fn invalidate_ram(&mut self, gpa: u64, len: u64) {
         self.engine.ram_written(gpa, len);

@@ -46,6 +46,9 @@ impl Vcpu for BtEngine {
     fn counters(&self) -> Vec<(String, u64)> {
         self.0.stats()
     }
+    fn write_perf_map(&mut self, keep: bool) -> Result<(), EngineError> {
+        Ok(self.0.write_perf_map(keep)?)
+    }
     fn start_profile(&mut self) -> Result<(), EngineError> {
         Ok(self.0.start_profile()?)
     }

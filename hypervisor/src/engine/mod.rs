@@ -36,6 +36,11 @@ pub trait Vcpu: Send {
     fn kick(&self) -> Arc<dyn Kick>;
     /// Named counters.
     fn counters(&self) -> Vec<(String, u64)>;
+    /// Writes names of generated code for perf, and keeps them or not; before the first run.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn write_perf_map(&mut self, keep: bool) -> Result<(), EngineError>;
     /// Samples what time is spent on, from the next run on.
     ///
     /// # Errors
