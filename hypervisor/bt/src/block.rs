@@ -243,8 +243,6 @@ pub(crate) struct Site {
     pub(crate) size: u16,
     pub(crate) read: bool,
     pub(crate) write: bool,
-    /// The segment is SS (or the base is RSP/RBP): faults of form are #SS.
-    pub(crate) stack: bool,
     /// Where the slow path begins, for accesses through a window: an offset in the block as it was assembled.
     pub(crate) slow: u32,
     /// The access goes through a window; for a string instruction, through the high one.
@@ -259,6 +257,7 @@ pub(crate) struct Site {
     pub(crate) late_fault: bool,
     /// Masked vector access: only some of the operand's bytes are touched.
     pub(crate) masked: bool,
+    /// Segment number; 2 is SS (or the base is RSP or RBP): faults of form are #SS.
     pub(crate) seg: u8,
 }
 

@@ -21,9 +21,8 @@ pub(crate) struct CodeMemory {
     /// Next free places.
     hot: usize,
     cold: usize,
-    /// Where the parts begin that are not backed by huge pages yet.
+    /// Where the hot part begins that is not backed by huge pages yet. The cold part never is.
     small_hot: usize,
-    small_cold: usize,
 }
 
 /// Where a block's two parts are in the cache.
@@ -133,7 +132,7 @@ impl CodeMemory {
             return Err(fail("the translation cache cannot be mapped (does this host forbid executable mappings?)"));
         };
         let split = (len / 2).next_multiple_of(HUGE);
-        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split, small_hot: 0, small_cold: split })
+        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split, small_hot: 0 })
     }
 
     /// Bytes in the cache.
@@ -164,10 +163,6 @@ impl CodeMemory {
         while self.small_hot < (self.hot + hot_len).min(self.split) {
             self.make_huge(self.small_hot);
             self.small_hot += HUGE;
-        }
-        while self.small_cold < (self.cold + cold_len).min(self.len) {
-            self.make_huge(self.small_cold);
-            self.small_cold += HUGE;
         }
         asm.resolve((self.cold - self.hot - hot_len) as i64);
         let (hot, cold) = asm.parts();
@@ -213,7 +208,7 @@ impl CodeMemory {
     /// Forgets all code and gives its pages back to the host.
     pub(crate) fn clear(&mut self) {
         (self.hot, self.cold) = (0, self.split);
-        (self.small_hot, self.small_cold) = (0, self.split);
+        self.small_hot = 0;
         // SAFETY: the whole of our own shared mapping; its content is no longer needed.
         unsafe { libc::madvise(self.rw.cast(), self.len, libc::MADV_REMOVE) };
     }

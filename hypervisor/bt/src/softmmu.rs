@@ -64,7 +64,7 @@ impl Engine {
         }
         let last = la.wrapping_add(size - 1);
         if st.code64() && !(mmu::is_canonical(la) && mmu::is_canonical(last)) {
-            let exc = if s.stack { Exception::StackFault(0) } else { Exception::GeneralProtection(0) };
+            let exc = if s.seg == 2 { Exception::StackFault(0) } else { Exception::GeneralProtection(0) };
             return if s.late_fault { Ok(self.fault_late(exc, s.x87)) } else { Err(exc) };
         }
         let kind = if s.write { AccessKind::Write } else { AccessKind::Read };

@@ -103,7 +103,7 @@ impl StateMemory {
         // BtState.
         unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            // Huge pages want addresses that are multiples of their size: reserve more, and give the rest back.
+            // The low window is to lie at a multiple of the size of a huge page: reserve more, and give the rest back.
             let all = libc::mmap(std::ptr::null_mut(), span + HUGE, libc::PROT_NONE, flags, -1, 0);
             if all == libc::MAP_FAILED {
                 return None;
@@ -118,9 +118,6 @@ impl StateMemory {
                 libc::munmap(p, span);
                 return None;
             }
-            // Advice: the user view's jump cache is what programs use most.
-            let jc = offset_of!(BtState, jc) / HUGE * HUGE;
-            libc::madvise(p.cast::<u8>().add(jc).cast(), HUGE, libc::MADV_HUGEPAGE);
             let guard = p.cast::<u8>().add(offset_of!(BtState, frame_guard));
             if libc::mprotect(guard.cast(), size_of::<PollPage>(), libc::PROT_NONE) != 0 {
                 libc::munmap(p, span);

@@ -88,11 +88,6 @@ impl Ea {
             seg,
         }
     }
-
-    /// Whether faults of form are #SS: a stack segment, or RSP/RBP as the base of a default segment.
-    pub(crate) fn is_stack(&self) -> bool {
-        self.seg == 2
-    }
 }
 
 /// Where an operand can be reached.
@@ -289,7 +284,6 @@ impl Translator<'_> {
             size: acc.size,
             read: acc.read,
             write: acc.write,
-            stack: acc.ea.is_stack(),
             simd: self.simd,
             x87: matches!(op, MemOp::Guest(i) if waits_for_x87(i)),
             late_fault: acc.write && matches!(op, MemOp::Guest(i) if stores_after_exceptions(i)),
@@ -311,7 +305,6 @@ impl Translator<'_> {
             size: 0,
             read: movs,
             write: true,
-            stack: false,
             simd: self.simd,
             x87: false,
             late_fault: false,
