@@ -53,7 +53,7 @@ fn numbered(n: u8, rest: &[u8]) -> Vec<u8> {
     [&[0xbb, n, 0, 0, 0][..], rest].concat()
 }
 
-guest!(load, "mov rbx, [r8]", "xor eax, eax", "syscall");
+guest!(load, "mov rbx, [r8]; xor eax, eax; syscall");
 
 /// Whoever replaces the vCPU's state may have changed page tables too: nothing stays mapped on trust.
 #[test]
@@ -69,41 +69,43 @@ fn state_mut_makes_mappings_suspect() {
     });
 }
 
+// Goes to R15 20 times, and executes INVLPG on \[RSI\] in between.
 guest!(
-    back_and_forth,
-    "inc r13d; cmp r13d, 10; je 3f; cmp r13d, 20; je 4f",
-    "2: jmp r15",
+    around,
+    "inc r13d; cmp r13d, 10; je 3f; cmp r13d, 20; je 4f; jmp r15",
     "3: mov eax, 3; syscall; jmp r15",
     "4: xor eax, eax; syscall",
 );
+guest!(go_on, "jmp r14");
 
 /// INVLPG on any address in a 1 GiB page undoes links to code anywhere in that page.
 #[test]
 fn invlpg_anywhere_in_a_gib_page_moves_its_code() {
     everywhere(|policy, base| {
         let mut g = Guest::with_ram(policy, base, &[], 3 << 30);
+        // A direct jump into the large page and, behind it, what the code there comes back to.
         let before = base - 0x1000;
         g.map(before, OTHER_RAM);
-        g.ram.write(before, &jump(before, base));
+        g.ram.write(before, &[&jump(before, base), around::code()].concat());
         for (n, gpa) in [(1, 1 << 30), (2, 2 << 30)] {
-            g.ram.0.write_slice(&numbered(n, back_and_forth::code()), GuestAddress(gpa)).unwrap();
+            g.ram.0.write_slice(&numbered(n, go_on::code()), GuestAddress(gpa)).unwrap();
         }
         g.map_with(base, 1 << 30 | PAGE | LARGE, 30);
         let ram = g.ram.clone();
         g.set_hook(move |_| ram.put(ram.entry(base, 30), 2 << 30 | PAGE | LARGE));
-        let gpr = g.run_at(before, &[(Reg::R15, before), (Reg::Rsi, base + 0x40_0000)]);
+        let gpr = g.run_at(before, &[(Reg::R15, before), (Reg::R14, before + 5), (Reg::Rsi, base + 0x40_0000)]);
         assert_eq!((gpr[Reg::Rbx as usize], gpr[Reg::R13 as usize]), (2, 20));
     });
 }
 
+// Counts to 20, going to R15 after each, but to R14 after the tenth, with a report before that.
 guest!(
     detour,
-    "inc r13d; cmp r13d, 10; je 3f; cmp r13d, 20; je 4f",
-    "2: jmp r15",
+    "inc r13d; cmp r13d, 10; je 3f; cmp r13d, 20; je 4f; jmp r15",
     "3: mov eax, 1; syscall; jmp r14",
     "4: xor eax, eax; syscall",
 );
-guest!(reload, "mov eax, 2", "mov edi, 9", "syscall", "jmp r15");
+guest!(reload, "mov eax, 2; mov edi, 9; syscall; jmp r15");
 
 /// Code that was found in two places before the flush runs from the second one after it, whoever links to it.
 #[test]
@@ -111,7 +113,8 @@ fn code_that_moved_before_a_flush_is_not_run_from_its_old_place() {
     everywhere(|policy, base| {
         let mut g = Guest::new(policy, base, &[]);
         let before = base - 0x1000;
-        let aside = base + 0x8_0000;
+        // As far away as makes the engine walk the page tables for `base` again.
+        let aside = base + 0x10_0000;
         g.map(before, OTHER_RAM);
         g.map(aside, OTHER_RAM + 0x1000);
         g.ram.write(before, &jump(before, base));
@@ -160,7 +163,7 @@ fn another_pcid_sees_its_own_mappings() {
     });
 }
 
-guest!(push_mmio, "mov rax, rsp; mov rsp, rax; push qword ptr [r8]; pop rbx; add [r8], rbx; xor eax, eax", "syscall");
+guest!(push_mmio, "mov rax, rsp; mov rsp, rax; push qword ptr [r8]; pop rbx; add [r8], rbx; xor eax, eax; syscall");
 
 /// A device sees each access once, however often the engine has to try.
 #[test]
@@ -346,12 +349,12 @@ fn returns_go_where_the_stack_says() {
     });
 }
 
-// Calls what is at R10 three times; what follows the call says 1, until somebody changes it. R8 points to where it does.
+// Calls what is at R10 four times; what follows the call says 1, until somebody changes it. R8 points to where it does.
 macro_rules! caller {
     ($name:ident, $call:literal) => {
         guest!(
             $name,
-            "mov r9d, 3; lea r8, [rip + 3f + 1]",
+            "mov r9d, 4; lea r8, [rip + 3f + 1]",
             $call,
             "3: mov ebx, 1; add r15, rbx; dec r9d; jnz 2b; xor eax, eax; syscall",
             "4: jmp r10",
@@ -360,7 +363,7 @@ macro_rules! caller {
 }
 caller!(calls_directly, "2: call 4f");
 caller!(calls_indirectly, "2: call r10");
-// The second call of three changes the caller: by a store, or by system call R13.
+// The third call changes the caller, when returns to it are linked already: by a store, or by system call R13.
 guest!(changes_by_store, "cmp r9d, 2; jne 2f; mov dword ptr [r8], 100", "2: ret");
 guest!(changes_by_syscall, "cmp r9d, 2; jne 2f; mov rax, r13; mov edi, 1; mov rsi, r8; syscall", "2: ret");
 
@@ -394,7 +397,7 @@ fn returns_find_callers_that_changed_meanwhile() {
                     ram.put(ram.entry(base, 12), new);
                 });
                 let gpr = g.run(&[(Reg::R10, base + 0x1000), (Reg::R13, how)]);
-                assert_eq!(gpr[Reg::R15 as usize], 1 + 100 + 100);
+                assert_eq!(gpr[Reg::R15 as usize], 1 + 1 + 100 + 100);
                 let expected =
                     if how != 0 && entry == 0 { vec![(PAGE_FAULT, 0x14, base + operand - 1)] } else { vec![] };
                 assert_eq!(g.faults().iter().map(|f| (f.vector, f.error, f.cr2)).collect::<Vec<_>>(), expected);
@@ -556,8 +559,19 @@ probes! {
     probe_pop: false, true, ["mov rsp, rsi", "pop rbx"];
     probe_push: true, true, ["lea rsp, [rsi + 8]", "push rbx"];
     probe_frame: false, true, ["mov rbp, rsi", "mov rbx, [rbp]"];
+    probe_second: false, false, ["xor edi, edi; mov rax, [r13 + rdi]; mov rdi, rsi; sub rdi, r13; mov rbx, [r13 + rdi]"];
+    probe_added: false, false, ["mov rdi, r13; mov rax, [rdi]; sub rsi, r13; add rdi, rsi; mov rbx, [rdi]"];
+    probe_lea: false, false, ["mov rdi, r13; mov rax, [rdi]; sub rsi, rdi; lea rdi, [rdi + rsi]; mov rbx, [rdi]"];
+    probe_moved: false, false, ["mov rdi, r13; mov rax, [rdi]; mov rdi, rsi; mov rbx, [rdi]"];
+    probe_exchanged: false, false, ["mov rdi, r13; mov rax, [rdi]; xchg rdi, rsi; mov rbx, [rdi]"];
+    probe_chosen: false, false, ["mov rdi, r13; mov rax, [rdi]; cmp rdi, rdi; cmove rdi, rsi; mov rbx, [rdi]"];
+    probe_popped: false, false, ["push rsi; mov rdi, r13; mov rax, [rdi]; pop rdi; mov rbx, [rdi]"];
+    probe_loaded: false, false, ["mov [r13 + 8], rsi; mov rdi, r13; mov rax, [rdi]; mov rdi, [rdi + 8]; mov rbx, [rdi]"];
+    probe_left: false, true, ["push rsi; mov rbp, rsp; leave; mov rbx, [rbp]"];
     probe_movsb: false, false, ["mov ecx, 8", "lea rdi, [r13 + 64]", "rep movsb", "mov rbx, [r13 + 64]"];
     probe_stosb: true, false, ["mov ecx, 8", "mov rdi, rsi", "mov eax, ebx", "rep stosb"];
+    // From the end of the address space, with a count that leads round to where pages are.
+    probe_round: true, false, ["mov ecx, 8; mov rax, r13; sub rax, rsi; test rsi, rsi; cmovs rcx, rax; mov rdi, rsi; mov al, bl; rep stosb"];
 }
 
 /// What the guest must not find.
@@ -567,7 +581,7 @@ const POISON: u64 = 0x5a5a_5a5a_5a5a_5a5a;
 
 /// Addresses that no guest page is mapped at for user code: at the borders of windows and of canonical addresses, and those at
 /// which arithmetic on host addresses would end up at the host's memory.
-fn forbidden(base: u64) -> Vec<u64> {
+fn forbidden(base: u64, secrets: &[u64]) -> Vec<u64> {
     const LAST: u64 = 0x7fff_ffff_fffc;
     let mut out = vec![
         0,
@@ -588,16 +602,22 @@ fn forbidden(base: u64) -> Vec<u64> {
         0xffff_ffff_ffff_fff8,
         KERNEL + SYSCALL_CODE,
     ];
-    let local = 0u64;
-    let boxed = Box::new(0u64);
-    let library = libc::getpid as *const () as u64;
-    for host in [SECRET.as_ptr() as u64, &raw const local as u64, &raw const *boxed as u64, library & !7] {
-        // Where the high window is, and where the low one might be.
-        for distance in [0, 0x2b00_0000_0000, 0x2b00_0000_0000_u64.wrapping_neg(), 0x4000_0000_u64.wrapping_neg()] {
-            let la = host.wrapping_add(distance);
+    // The low window is at a fixed distance from the vCPU's state, which is one of the mappings at multiples of 2 MiB.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let starts = maps.lines().filter_map(|l| u64::from_str_radix(l.split('-').next()?, 16).ok());
+    let states =
+        starts.filter(|start| start % (2 << 20) == 0).map(|state| state.wrapping_add(0x4000_0000).wrapping_neg());
+    // The high window is at a fixed distance from the guest's addresses.
+    let distances: Vec<u64> =
+        [0, 0x2b00_0000_0000, 0x2b00_0000_0000_u64.wrapping_neg()].into_iter().chain(states).collect();
+    for host in secrets {
+        for distance in &distances {
+            let la = host.wrapping_add(*distance);
             out.extend([la, la | 1 << 46, la | 0xffff << 48, la | 1 << 63, la ^ 1 << 47]);
         }
     }
+    // Chance must not lead to where the guest has something.
+    out.retain(|&la| [LOW, HIGH, base + ROOM].iter().all(|at| la.wrapping_sub(*at) >= STACK));
     out
 }
 
@@ -634,6 +654,7 @@ fn probe_all(policy: Windows, base: u64) {
             }
         });
         let mut check = |addresses: &[u64], bad: &[u64]| {
+            assert!(addresses.len() <= 512);
             for (n, &la) in addresses.iter().enumerate() {
                 g.ram.put(OTHER_RAM + 0x4000 + n as u64 * 8, la);
             }
@@ -652,7 +673,12 @@ fn probe_all(policy: Windows, base: u64) {
                 assert!(f.vector != PAGE_FAULT || f.cr2 == la, "{name} {la:#x}: {f:x?}");
             }
         };
-        let all = forbidden(base);
+        // Behind the vCPU's state, where the host puts large allocations, and in front of it.
+        let (local, boxed, later) = (0u64, Box::new(0u64), vec![0x5ec2_u64; 1 << 17]);
+        let library = libc::getpid as *const () as u64 & !7;
+        let pointers = [SECRET.as_ptr(), (&raw const local).cast_mut(), (&raw const *boxed).cast_mut()];
+        let secrets = [pointers.map(|p| p as u64).to_vec(), vec![later.as_ptr() as u64, library]].concat();
+        let all = forbidden(base, &secrets);
         for &la in &all {
             check(&[la], &[la]);
         }
