@@ -570,8 +570,12 @@ probes! {
     probe_left: false, true, ["push rsi; mov rbp, rsp; leave; mov rbx, [rbp]"];
     probe_movsb: false, false, ["mov ecx, 8", "lea rdi, [r13 + 64]", "rep movsb", "mov rbx, [r13 + 64]"];
     probe_stosb: true, false, ["mov ecx, 8", "mov rdi, rsi", "mov eax, ebx", "rep stosb"];
-    // From the end of the address space, with a count that leads round to where pages are.
-    probe_round: true, false, ["mov ecx, 8; mov rax, r13; sub rax, rsi; test rsi, rsi; cmovs rcx, rax; mov rdi, rsi; mov al, bl; rep stosb"];
+    // From the end of the address space, with a count that leads round to where pages are. The jump begins a new block, which
+    // is made for the addresses that are in the registers by then.
+    probe_round: true, false, [
+        "mov ecx, 8; mov rax, r13; sub rax, rsi; test rsi, rsi; cmovs rcx, rax; mov rdi, rsi; mov al, bl; jmp 5f",
+        "5: rep stosb"
+    ];
 }
 
 /// What the guest must not find.
@@ -673,7 +677,7 @@ fn probe_all(policy: Windows, base: u64) {
                 assert!(f.vector != PAGE_FAULT || f.cr2 == la, "{name} {la:#x}: {f:x?}");
             }
         };
-        // Behind the vCPU's state, where the host puts large allocations, and in front of it.
+        // Memory of all kinds; what is allocated now is likely below the vCPU's state.
         let (local, boxed, later) = (0u64, Box::new(0u64), vec![0x5ec2_u64; 1 << 17]);
         let library = libc::getpid as *const () as u64 & !7;
         let pointers = [SECRET.as_ptr(), (&raw const local).cast_mut(), (&raw const *boxed).cast_mut()];
