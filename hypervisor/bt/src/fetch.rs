@@ -57,16 +57,20 @@ impl ExecTlb {
         }
     }
 
+    /// The one place a page's entry can be.
+    fn index(la: u64) -> usize {
+        (la >> 12) as usize & (EXEC_ENTRIES - 1)
+    }
+
     fn note(&mut self, page: u64) {
         self.seen.insert(page, ());
     }
 
     /// Forgets one page.
     pub(crate) fn forget(&mut self, page: u64) {
-        for e in &mut self.entries {
-            if e.page == page {
-                *e = EMPTY;
-            }
+        let e = &mut self.entries[Self::index(page)];
+        if e.page == page {
+            *e = EMPTY;
         }
         self.seen.remove(&page);
     }
@@ -81,7 +85,7 @@ impl Engine {
     /// Guest-physical address to fetch from for linear address `la`, and whether its page is global.
     fn fetch_address(&mut self, la: u64, mode: Mode) -> Result<(u64, bool), Exception> {
         let page = la & !0xfff;
-        let n = (la >> 12) as usize & (EXEC_ENTRIES - 1);
+        let n = ExecTlb::index(la);
         let e = self.exec_tlb.entries[n];
         if e.page == page && e.view == mode.view() {
             return Ok((e.gpa | (la & 0xfff), e.global));

@@ -57,6 +57,8 @@ const HIGH_RESERVED: std::ops::Range<u64> = 0x14c0_0000_0000..0x5540_0000_0000;
 /// Set when a high window exists in this process. A signal handler then may find FS away from its place.
 pub(crate) static IN_USE: AtomicBool = AtomicBool::new(false);
 
+/// How addresses are kept that nothing is mapped at.
+const UNMAPPED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 const PAGE: u64 = 4096;
 /// Mode word of a jump cache that must not be used before pending pages are seen to.
 const GATED: u32 = NO_MODE - 1;
@@ -189,7 +191,7 @@ impl Window {
                 let write = if writable { libc::PROT_WRITE } else { 0 };
                 (libc::PROT_READ | write, libc::MAP_SHARED | libc::MAP_POPULATE, fd, offset as libc::off_t)
             }
-            None => (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1, 0),
+            None => (libc::PROT_NONE, UNMAPPED, -1, 0),
         };
         // SAFETY: the range lies within what was reserved for the windows: `host` gave its start, and callers stay within the
         // 2 MiB around it. Nothing in this process refers to memory there but emitted code.
@@ -210,7 +212,7 @@ impl Window {
         let Some(low) = self.low else { return };
         let ranges = [(HIGH_RESERVED.start, HIGH_RESERVED.end - HIGH_RESERVED.start), (low, 1 << LOW_SHIFT)];
         for (start, len) in ranges {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            let flags = UNMAPPED | libc::MAP_FIXED;
             // SAFETY: exactly what was reserved; nothing but emitted code refers to memory there.
             let r = unsafe { libc::mmap(start as *mut libc::c_void, len as usize, libc::PROT_NONE, flags, -1, 0) };
             if r == libc::MAP_FAILED {
@@ -247,8 +249,8 @@ impl Window {
         for n in 0..count {
             any |= self.pages.remove(&(first + n * PAGE)).is_some();
         }
-        if any && (self.maps > MAX_MAPS || !self.call(first, count, None, false)) {
-            self.clear();
+        if any {
+            self.change(first, count, None);
         }
     }
 
@@ -258,12 +260,17 @@ impl Window {
         let hit: Vec<u64> = self.pages.iter().filter(|(_, m)| m.gpa == gpa && m.writable).map(|(&la, _)| la).collect();
         self.cost += began.elapsed();
         for la in hit {
-            if let Some(m) = self.pages.get_mut(&la) {
-                m.writable = false;
-            }
-            if self.maps > MAX_MAPS || !self.call(la, 1, ram.file(gpa), false) {
-                return self.clear();
-            }
+            // Nothing is left to change once the windows have been cleared.
+            let Some(m) = self.pages.get_mut(&la) else { return };
+            m.writable = false;
+            self.change(la, 1, ram.file(gpa));
+        }
+    }
+
+    /// Unmaps pages, or maps them without write access; if that cannot be done, nothing stays mapped.
+    fn change(&mut self, la: u64, pages: u64, file: Option<(i32, u64)>) {
+        if self.maps > MAX_MAPS || !self.call(la, pages, file, false) {
+            self.clear();
         }
     }
 }
@@ -289,7 +296,7 @@ pub(crate) fn fsgsbase() -> bool {
 /// Reserves the high window's addresses; false when anything is there already, another vCPU's window for one.
 fn reserve() -> bool {
     let len = (HIGH_RESERVED.end - HIGH_RESERVED.start) as usize;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+    let flags = UNMAPPED | libc::MAP_FIXED_NOREPLACE;
     // SAFETY: a fresh reservation that replaces nothing.
     let at = unsafe { libc::mmap(HIGH_RESERVED.start as *mut libc::c_void, len, libc::PROT_NONE, flags, -1, 0) };
     if at == libc::MAP_FAILED {
@@ -337,12 +344,8 @@ impl Engine {
         } else if !w.pending.is_empty() {
             self.see_to_pending();
         }
-        if self.window.low.is_some() && !self.window.active {
-            self.activate(true);
-        }
-        if self.window.low.is_none() {
-            self.activate(false);
-        }
+        // Making them fit may have cost the windows themselves.
+        self.activate(self.window.low.is_some());
         self.window.active
     }
 

@@ -276,42 +276,42 @@ impl Translator<'_> {
     /// Records an access that begins here; gives its number.
     fn note_site(&mut self, acc: &Access, op: &MemOp) -> u32 {
         self.tables.sites.push(Site {
-            block: self.block,
-            delta: self.cur_delta(),
-            retry: self.asm.pos(),
-            slow: 0,
-            window: false,
             size: acc.size,
             read: acc.read,
             write: acc.write,
-            simd: self.simd,
             x87: matches!(op, MemOp::Guest(i) if waits_for_x87(i)),
             late_fault: acc.write && matches!(op, MemOp::Guest(i) if stores_after_exceptions(i)),
             masked: acc.masked,
             align: acc.align,
             seg: acc.ea.seg,
+            ..self.plain_site()
         });
         self.tables.sites.len() as u32 - 1
     }
 
-    /// Records a string instruction that runs in a window; gives its number.
-    pub(super) fn note_string_site(&mut self, movs: bool, high: bool) -> u32 {
-        self.tables.sites.push(Site {
+    /// A site at this place with nothing particular about it.
+    fn plain_site(&self) -> Site {
+        Site {
             block: self.block,
             delta: self.cur_delta(),
-            retry: 0,
+            retry: self.asm.pos(),
             slow: 0,
-            window: high,
+            window: false,
             size: 0,
-            read: movs,
-            write: true,
+            read: false,
+            write: false,
             simd: self.simd,
             x87: false,
             late_fault: false,
             masked: false,
             align: 0,
             seg: 3,
-        });
+        }
+    }
+
+    /// Records a string instruction that runs in a window; gives its number.
+    pub(super) fn note_string_site(&mut self, movs: bool, high: bool) -> u32 {
+        self.tables.sites.push(Site { window: high, read: movs, write: true, ..self.plain_site() });
         self.tables.sites.len() as u32 - 1
     }
 
@@ -432,10 +432,6 @@ impl Translator<'_> {
     }
 
     fn store_at(&mut self, loc: Loc, m: M, r: H, size: u8) {
-        if size == 2 {
-            // The operand-size prefix comes first, and the fault is reported there.
-            debug_assert!(!matches!(loc, Loc::At(_)) || m.seg != Base::Host);
-        }
         self.note_window_fault(loc);
         store_sized(self.asm, m, r, size);
     }
