@@ -4,15 +4,15 @@
 //! the ABI in `pv-abi`.
 #![no_std]
 
+use core::arch::x86_64::__cpuid;
+
 /// Whether CPUID says that this is a Paravane guest. Works on every x86-64 CPU and hypervisor, in any mode.
 pub fn detect() -> bool {
-    use core::arch::x86_64::__cpuid;
-    // Leaf 1, ECX bit 31: a hypervisor is present, so leaf 0x40000000 means something.
-    if __cpuid(1).ecx >> 31 == 0 {
-        return false;
-    }
-    let l = __cpuid(pv_abi::CPUID_BASE);
-    pv_abi::is_paravane(l.ebx, l.ecx, l.edx)
+    pv_abi::cpuid::find(|leaf| {
+        let l = __cpuid(leaf);
+        [l.eax, l.ebx, l.ecx, l.edx]
+    })
+    .is_some()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ pub mod loader;
 pub mod memory;
 pub mod output;
 pub mod profile;
+pub mod pv;
 pub mod smbios;
 pub mod terminal;
 pub mod timer;

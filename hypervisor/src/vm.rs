@@ -19,7 +19,7 @@ use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
 use crate::profile::{self, Symbols};
 use crate::terminal::{Event, Terminal};
-use crate::{acpi, memory, smbios, terminal, tsc};
+use crate::{acpi, memory, pv, smbios, terminal, tsc};
 
 /// Why a machine could not run.
 #[derive(Debug, thiserror::Error)]
@@ -163,7 +163,14 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let (output, port) = (serial.output, serial.port);
     let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port })?;
     let _ = ending.chipset.set(Arc::downgrade(&chipset));
-    let info = MachineInfo { cpus: cfg.cpus, tsc_khz: tsc::tsc_khz(), apic_hz: lapic::BUS_HZ, windows: cfg.windows };
+    let tsc_khz = tsc::tsc_khz();
+    let info = MachineInfo {
+        cpus: cfg.cpus,
+        tsc_khz,
+        apic_hz: lapic::BUS_HZ,
+        windows: cfg.windows,
+        hypervisor_leaves: pv::leaves(tsc_khz, lapic::BUS_HZ),
+    };
     let mut vcpu = engine::make(kind, 0, mem.clone(), chipset.clone(), &info)?;
     let rsdp = acpi::write(&mem, cfg.cpus)?;
     smbios::write(&mem)?;

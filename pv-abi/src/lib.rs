@@ -1,35 +1,72 @@
-//! Constants of Paravane's paravirtual ABI.
+//! Paravane's paravirtual ABI: the numbers, layouts and bits that a guest and a hypervisor agree on.
 //!
-//! So far this is the CPUID range that hypervisors use and what Paravane answers there. The hypercalls, shared pages and queues of the
-//! ABI will be defined here, as the one source for the hypervisor, for guests and for the specification; until then a guest finds no
-//! feature bits and uses its native code.
+//! The ABI lets a guest that knows it skip operations that are costly on a virtual machine. It belongs to no hypervisor: a guest
+//! discovers it ([`cpuid`]), negotiates features ([`feature`]) and falls back to native code for each one that is absent, so that one
+//! binary runs on Paravane, on other hypervisors and on bare metal.
+//!
+//! This crate is the only source. The hypervisor and guests use its types; the C header (`pv-abi/include/paravane.h`) and the tables in
+//! `specs/` are generated from [`describe`], and tests prove that they agree. What each call does is said in `specs/`.
+//!
+//! | module | what it defines |
+//! |---|---|
+//! | [`cpuid`] | CPUID leaves: discovery, version, features, entry sequence, limits |
+//! | [`feature`] | feature bits |
+//! | [`call`] | hypercall numbers, registers, errors |
+//! | [`shared`] | the page that each vCPU shares with the hypervisor |
+//! | [`memory`] | page-table updates and free-page hints |
+//! | [`virtio`] | the virtio transport |
+//! | [`describe`] | all of it as data, for the header, the tables and the tests |
 #![no_std]
 #![forbid(unsafe_code)]
 
-/// First CPUID leaf of the range that x86 hypervisors answer.
-pub const CPUID_BASE: u32 = 0x4000_0000;
+pub mod call;
+pub mod cpuid;
+pub mod describe;
+pub mod feature;
+pub mod memory;
+pub mod shared;
+pub mod virtio;
 
-/// Leaf with TSC and APIC timer frequencies: EAX = TSC kHz, EBX = APIC timer kHz.
-pub const CPUID_TIMING: u32 = 0x4000_0010;
+/// A version of the ABI. A guest and a hypervisor of the same major version understand each other; a higher minor version only adds
+/// features, calls and fields in places that were reserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// Incompatible changes.
+    pub major: u16,
+    /// Additions.
+    pub minor: u16,
+}
 
-/// EBX, ECX, EDX of [`CPUID_BASE`], as bytes.
-pub const SIGNATURE: [u8; 12] = *b"ParavaneVMM ";
+impl Version {
+    /// The version that this crate describes.
+    pub const CURRENT: Self = Self { major: 1, minor: 0 };
 
-/// Whether the registers that [`CPUID_BASE`] gave are Paravane's.
-pub fn is_paravane(ebx: u32, ecx: u32, edx: u32) -> bool {
-    let word = |n: usize| u32::from_le_bytes([SIGNATURE[n], SIGNATURE[n + 1], SIGNATURE[n + 2], SIGNATURE[n + 3]]);
-    (ebx, ecx, edx) == (word(0), word(4), word(8))
+    /// As it stands in registers: major version in bits 16 to 31, minor version in bits 0 to 15.
+    pub const fn to_bits(self) -> u32 {
+        (self.major as u32) << 16 | self.minor as u32
+    }
+
+    /// From the bits in a register.
+    pub const fn from_bits(bits: u32) -> Self {
+        Self { major: (bits >> 16) as u16, minor: bits as u16 }
+    }
+
+    /// Whether a guest made for `self` can talk to a hypervisor that offers `offered`.
+    pub const fn works_with(self, offered: Self) -> bool {
+        self.major == offered.major && self.minor <= offered.minor
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::Version;
 
     #[test]
-    fn signature_is_recognised_and_others_are_not() {
-        let w = |s: &[u8; 12], n: usize| u32::from_le_bytes(s[n..n + 4].try_into().unwrap());
-        assert!(is_paravane(w(&SIGNATURE, 0), w(&SIGNATURE, 4), w(&SIGNATURE, 8)));
-        let other = b"KVMKVMKVM\0\0\0";
-        assert!(!is_paravane(w(other, 0), w(other, 4), w(other, 8)));
+    fn versions_are_ordered_and_a_guest_needs_no_more_than_it_knows() {
+        let v = |major, minor| Version { major, minor };
+        assert_eq!(Version::from_bits(v(3, 7).to_bits()), v(3, 7));
+        assert!(v(1, 0).works_with(v(1, 4)));
+        assert!(!v(1, 5).works_with(v(1, 4)));
+        assert!(!v(1, 0).works_with(v(2, 0)) && !v(2, 0).works_with(v(1, 9)));
     }
 }

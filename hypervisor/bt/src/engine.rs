@@ -226,7 +226,8 @@ impl Engine {
             window,
             variant: 0,
             bus,
-            cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz }),
+            cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz })
+                .with_hypervisor_leaves(&cfg.hypervisor_leaves),
             stats: Stats::default(),
             profile: Profiler::new(state),
             perf_map: None,

@@ -3,7 +3,7 @@
 
 use crate::engine::Engine;
 use paravane_cpu::cpuid::CpuidPolicy;
-use paravane_cpu::{Bus, BusOutcome, Env, TlbFlush};
+use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome, TlbFlush};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 impl Env for Engine {
@@ -90,6 +90,17 @@ impl Env for Engine {
 
     fn cpuid(&self) -> &CpuidPolicy {
         &self.cpuid
+    }
+
+    fn hypercall(&mut self, st: &mut CpuState) -> Option<HypercallOutcome> {
+        self.stats.hypercalls += 1;
+        let bus = self.bus.clone();
+        bus.hypercall(st, self)
+    }
+
+    fn hypervisor_msr_write(&mut self, vcpu: u32, msr: u32, value: u64) -> Option<BusOutcome> {
+        let bus = self.bus.clone();
+        bus.hypervisor_msr_write(vcpu, msr, value, self)
     }
 
     fn ram_slice(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {

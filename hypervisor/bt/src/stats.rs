@@ -39,6 +39,7 @@ counters! {
     mmio_writes = "MMIO writes",
     pio_reads = "port reads",
     pio_writes = "port writes",
+    hypercalls = "hypercalls",
     emulated = "instructions emulated",
     exceptions = "exceptions delivered",
     page_faults = "page faults delivered",

@@ -30,6 +30,8 @@ pub struct BtConfig {
     pub apic_hz: u32,
     /// When user code reaches memory through host mappings instead of the soft TLB.
     pub windows: Windows,
+    /// What the machine's paravirtual interfaces answer in CPUID: leaf, and EAX to EDX.
+    pub hypervisor_leaves: Vec<(u32, [u32; 4])>,
 }
 
 /// When a process of the guest gets windows: host mappings of its own address space.
@@ -45,7 +47,14 @@ pub enum Windows {
 
 impl Default for BtConfig {
     fn default() -> Self {
-        Self { cache_bytes: 64 << 20, cpus: 1, tsc_khz: 0, apic_hz: 1_000_000_000, windows: Windows::Auto }
+        Self {
+            cache_bytes: 64 << 20,
+            cpus: 1,
+            tsc_khz: 0,
+            apic_hz: 1_000_000_000,
+            windows: Windows::Auto,
+            hypervisor_leaves: Vec::new(),
+        }
     }
 }
 

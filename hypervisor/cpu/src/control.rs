@@ -117,8 +117,8 @@ pub(crate) fn write_cr0<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, value: 
     Ok(Step::Resync)
 }
 
-/// MOV to CR3.
-fn write_cr3<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, value: u64) -> Outcome {
+/// MOV to CR3, as an instruction or at a hypervisor's hands. #GP(0) if the value is not allowed.
+pub fn write_cr3<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, value: u64) -> Outcome {
     let mut flush = TlbFlush::NonGlobal;
     let mut value = value;
     if st.long_mode() {

@@ -54,12 +54,8 @@ pub struct CpuidPolicy {
     leaves: BTreeMap<(u32, u32), [u32; 4]>,
 }
 
-/// First hypervisor leaf.
-const HV: u32 = 0x4000_0000;
-/// Leaf with the TSC and APIC timer frequencies in kHz, at the place several hypervisors use for it.
-const HV_TIMING: u32 = 0x4000_0010;
-/// Signature in leaf 0x40000000, EBX ECX EDX.
-const HV_SIGNATURE: &[u8; 12] = b"ParavaneVMM ";
+/// Leaves that hypervisors answer.
+const HYPERVISOR: std::ops::Range<u32> = 0x4000_0000..0x5000_0000;
 
 const fn bits(list: &[u32]) -> u32 {
     let (mut mask, mut i) = (0, 0);
@@ -152,12 +148,16 @@ impl CpuidPolicy {
             p.timing(cfg, if host_max >= 0x16 { cpuid(0x16, 0) } else { [0; 4] });
         }
         p.extended(&cpuid);
-        let word = |at: usize| {
-            u32::from_le_bytes([HV_SIGNATURE[at], HV_SIGNATURE[at + 1], HV_SIGNATURE[at + 2], HV_SIGNATURE[at + 3]])
-        };
-        p.put(HV, 0, [HV_TIMING, word(0), word(4), word(8)]);
-        p.put(HV_TIMING, 0, [cfg.tsc_khz, cfg.apic_hz / 1000, 0, 0]);
         p
+    }
+
+    /// Adds what the machine's paravirtual interfaces answer: leaves from 0x4000_0000 on, EAX to EDX. Others are left out.
+    #[must_use]
+    pub fn with_hypervisor_leaves(mut self, leaves: &[(u32, [u32; 4])]) -> Self {
+        for &(leaf, regs) in leaves.iter().filter(|(leaf, _)| HYPERVISOR.contains(leaf)) {
+            self.put(leaf, 0, regs);
+        }
+        self
     }
 
     fn put(&mut self, leaf: u32, subleaf: u32, regs: [u32; 4]) {
@@ -410,7 +410,8 @@ mod tests {
 
     #[test]
     fn dynamic_bits_follow_the_state() {
-        let p = CpuidPolicy::host(&CFG);
+        let leaf = (0x4000_0000, [0x4000_0010, 1, 2, 3]);
+        let p = CpuidPolicy::host(&CFG).with_hypervisor_leaves(&[leaf, (1, [0; 4])]);
         let mut st = CpuState::reset(2);
         assert_eq!(p.query(&st, 1, 0)[2] >> 27 & 1, 0);
         assert_eq!(p.query(&st, 0xd, 0)[1], 576);
@@ -421,8 +422,8 @@ mod tests {
         assert_eq!(p.query(&st, 0xd, 0)[1], p.query(&st, 0xd, 0)[2]);
         assert_eq!(p.query(&st, 0xb, 1), [2, 3, 0x201, 2]);
         assert_eq!(p.query(&st, 0xb, 5), [0, 0, 5, 2]);
-        assert_eq!(p.query(&st, HV, 0)[0], HV_TIMING);
-        assert_eq!(p.query(&st, HV_TIMING, 7), [CFG.tsc_khz, 1_000_000, 0, 0]);
+        assert_eq!(p.query(&st, leaf.0, 7), leaf.1);
+        assert_ne!(p.query(&st, 1, 0), [0; 4], "other leaves are not the machine's");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! its [`Env`] (one per vCPU, implemented by the engine).
 
 use crate::cpuid::CpuidPolicy;
+use crate::state::CpuState;
 
 /// What a write to the bus came to, for the vCPU that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +10,19 @@ pub enum BusOutcome {
     /// Done; go on.
     Done,
     /// Done, and the machine is now stopping (power-off, reset, debug exit): leave the run loop promptly.
+    Stopping,
+}
+
+/// What a hypercall came to, for the vCPU that made it. Its results are in the registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HypercallOutcome {
+    /// Done; go on.
+    Done,
+    /// Done; mappings may have changed.
+    Resync,
+    /// Done; the vCPU now waits for an interrupt.
+    Halt,
+    /// The machine is now stopping.
     Stopping,
 }
 
@@ -43,6 +57,23 @@ pub trait Bus: Send + Sync {
     fn take_nmi(&self, vcpu: u32) -> bool;
     /// Whether the machine is stopping and vCPUs should leave their run loops.
     fn stopping(&self) -> bool;
+    /// A hypercall: number and arguments are in the registers of `st`, and so are the results. An engine whose registers live elsewhere fills
+    /// in the general-purpose registers, RFLAGS, CS and CPL before, and takes the general-purpose registers and RFLAGS back. `None`: nothing
+    /// here takes hypercalls, and the instruction is undefined, as it is on a CPU by itself.
+    fn hypercall(&self, st: &mut CpuState, env: &mut dyn Env) -> Option<HypercallOutcome> {
+        let _ = (st, env);
+        None
+    }
+    /// RDMSR of an MSR that hypervisors define (0x4b56_4d00..=0x4b56_4dff). `None`: #GP.
+    fn hypervisor_msr_read(&self, vcpu: u32, msr: u32) -> Option<u64> {
+        let _ = (vcpu, msr);
+        None
+    }
+    /// WRMSR of the same. `None`: #GP.
+    fn hypervisor_msr_write(&self, vcpu: u32, msr: u32, value: u64, env: &mut dyn Env) -> Option<BusOutcome> {
+        let _ = (vcpu, msr, value, env);
+        None
+    }
 }
 
 /// Which cached translations an instruction invalidates (SDM vol. 3, section 4.10.4).
@@ -83,6 +114,16 @@ pub trait Env {
     fn note_outcome(&mut self, outcome: BusOutcome);
     /// What CPUID answers on this machine.
     fn cpuid(&self) -> &CpuidPolicy;
+    /// Hands a hypercall to [`Bus::hypercall`]: the bus gets this environment, so it cannot be borrowed from it.
+    fn hypercall(&mut self, st: &mut CpuState) -> Option<HypercallOutcome> {
+        let _ = st;
+        None
+    }
+    /// Hands a write to [`Bus::hypervisor_msr_write`].
+    fn hypervisor_msr_write(&mut self, vcpu: u32, msr: u32, value: u64) -> Option<BusOutcome> {
+        let _ = (vcpu, msr, value);
+        None
+    }
     /// Host address of `len` bytes of RAM at `gpa`, for bulk copies that would be slow byte by byte. `None` sends the caller to
     /// [`Env::read_phys`] and [`Env::write_phys`], so it is always a correct answer.
     ///

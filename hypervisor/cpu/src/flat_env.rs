@@ -161,7 +161,10 @@ impl Env for FlatEnv {
     fn note_outcome(&mut self, _: BusOutcome) {}
     fn cpuid(&self) -> &CpuidPolicy {
         static POLICY: OnceLock<CpuidPolicy> = OnceLock::new(); // CPUID is slow under some hypervisors
-        POLICY.get_or_init(|| CpuidPolicy::host(&CpuidConfig { cpus: 1, tsc_khz: 2_000_000, apic_hz: 1_000_000_000 }))
+        POLICY.get_or_init(|| {
+            CpuidPolicy::host(&CpuidConfig { cpus: 1, tsc_khz: 2_000_000, apic_hz: 1_000_000_000 })
+                .with_hypervisor_leaves(&[(0x4000_0000, [0x4000_0010, 0, 0, 0])])
+        })
     }
     fn ram_slice(&mut self, gpa: u64, len: usize, _: bool) -> Option<*mut u8> {
         if !self.fast {

@@ -5,7 +5,7 @@
 //! exceptions, privileged and other rare instructions), which the binary translator calls when an instruction is not
 //! worth translating.
 
-mod control;
+pub mod control;
 pub mod cpuid;
 pub mod descriptor;
 pub mod ea;
@@ -36,7 +36,7 @@ mod flat_env;
 #[cfg(test)]
 mod testkit;
 
-pub use env::{Bus, BusOutcome, Env, TlbFlush};
+pub use env::{Bus, BusOutcome, Env, HypercallOutcome, TlbFlush};
 pub use exit::{Exception, PageFaultCode, Step, StopReason, VcpuExit};
 pub use masked::is_masked_store;
 pub use state::{CpuState, Reg, Seg, Segment, TableReg};

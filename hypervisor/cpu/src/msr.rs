@@ -48,6 +48,9 @@ pub mod nr {
     pub const TSC_DEADLINE: u32 = 0x6e0;
     pub const X2APIC_FIRST: u32 = 0x800;
     pub const X2APIC_LAST: u32 = 0x8ff;
+    /// MSRs that hypervisors define: the range that KVM uses.
+    pub const HYPERVISOR_FIRST: u32 = 0x4b56_4d00;
+    pub const HYPERVISOR_LAST: u32 = 0x4b56_4dff;
     pub const EFER: u32 = 0xc000_0080;
     pub const STAR: u32 = 0xc000_0081;
     pub const LSTAR: u32 = 0xc000_0082;
@@ -113,6 +116,9 @@ pub fn read<E: Env + ?Sized>(st: &CpuState, env: &E, msr: u32) -> Result<u64, Ex
         nr::APIC_BASE | nr::TSC_DEADLINE | nr::X2APIC_FIRST..=nr::X2APIC_LAST => {
             return env.bus().apic_msr_read(st.id, msr).ok_or(Exception::GeneralProtection(0));
         }
+        nr::HYPERVISOR_FIRST..=nr::HYPERVISOR_LAST => {
+            return env.bus().hypervisor_msr_read(st.id, msr).ok_or(Exception::GeneralProtection(0));
+        }
         nr::TSC_ADJUST => st.tsc_adjust,
         nr::SPEC_CTRL => st.spec_ctrl,
         nr::BIOS_SIGN_ID if vendor == Vendor::Amd => 0x0100_0065,
@@ -167,6 +173,10 @@ pub fn write<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, msr: u32, value: u
             let outcome = env.bus().apic_msr_write(st.id, msr, value).ok_or(Exception::GeneralProtection(0))?;
             env.note_outcome(outcome);
             return Ok(Step::Resync); // the APIC may have an interrupt for us now, or have moved
+        }
+        nr::HYPERVISOR_FIRST..=nr::HYPERVISOR_LAST => {
+            let outcome = env.hypervisor_msr_write(st.id, msr, value).ok_or(Exception::GeneralProtection(0))?;
+            env.note_outcome(outcome);
         }
         nr::SPEC_CTRL if value & !7 == 0 => st.spec_ctrl = value,
         nr::PRED_CMD if value & !1 == 0 => {}

@@ -11,7 +11,7 @@ use crate::mem::{self, Privilege};
 use crate::mmu::is_canonical;
 use crate::operand::{self, mask, reg, seg_of, set_reg};
 use crate::state::{Seg, TableReg, cr0, cr4, rflags};
-use crate::{CpuState, Env, Exception, Step, TlbFlush, control, far};
+use crate::{BusOutcome, CpuState, Env, Exception, HypercallOutcome, Step, TlbFlush, control, far};
 
 type Outcome = Result<Step, Exception>;
 
@@ -52,6 +52,7 @@ pub(crate) fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instr
             st.halted = 1;
             Step::Halt
         }),
+        M::Vmcall | M::Vmmcall => hypercall(st, env),
         M::Cli => iopl(st).map(|()| {
             st.rflags &= !rflags::IF;
             Step::Resync
@@ -74,6 +75,22 @@ pub(crate) fn emulate<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, i: &Instr
         M::Wrgsbase => write_base(st, i, Seg::Gs),
         _ => return None,
     })
+}
+
+/// VMCALL and VMMCALL: whichever the host CPU would have, both reach the hypervisor. What may call is the callee's business.
+fn hypercall<E: Env + ?Sized>(st: &mut CpuState, env: &mut E) -> Outcome {
+    match env.hypercall(st).ok_or(Exception::InvalidOpcode)? {
+        HypercallOutcome::Done => Ok(Step::Next),
+        HypercallOutcome::Resync => Ok(Step::Resync),
+        HypercallOutcome::Halt => {
+            st.halted = 1;
+            Ok(Step::Halt)
+        }
+        HypercallOutcome::Stopping => {
+            env.note_outcome(BusOutcome::Stopping);
+            Ok(Step::Resync)
+        }
+    }
 }
 
 /// #GP(0) unless at CPL 0.

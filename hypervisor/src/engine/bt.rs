@@ -28,6 +28,7 @@ impl BtEngine {
             tsc_khz: info.tsc_khz,
             apic_hz: info.apic_hz,
             windows: info.windows,
+            hypervisor_leaves: info.hypervisor_leaves.clone(),
         };
         Ok(Self(BtVcpu::new(id, mem, bus, cfg)?))
     }

@@ -71,6 +71,8 @@ pub struct MachineInfo {
     pub apic_hz: u32,
     /// When guest processes get host mappings under binary translation.
     pub windows: Windows,
+    /// What the paravirtual interfaces answer in CPUID: leaf, and EAX to EDX.
+    pub hypervisor_leaves: Vec<(u32, [u32; 4])>,
 }
 
 /// Decides for an engine; gives the reason too, for the user to read.

@@ -220,6 +220,8 @@ fn compute(code: Code) -> Class {
             },
         },
         M::Cpuid
+        | M::Vmcall
+        | M::Vmmcall
         | M::Xgetbv
         | M::Rdmsr
         | M::Rdpmc
