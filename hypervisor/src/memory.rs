@@ -15,13 +15,14 @@ use std::io;
 use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
+use paravane_ram::WriteWatch;
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
-/// Guest RAM, shared between vCPUs and devices.
-pub type GuestRam = Arc<GuestMemoryMmap<()>>;
+pub use paravane_ram::GuestRam;
 
 /// End of the RAM below the device hole, in bytes.
 pub const LOW_RAM_END: u64 = 3 << 30;
@@ -126,11 +127,11 @@ impl Drop for Spacer {
     }
 }
 
-fn region(file: &Arc<File>, gpa: u64, offset: u64, bytes: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
+fn region(file: &Arc<File>, gpa: u64, offset: u64, bytes: u64) -> Result<GuestRegionMmap<WriteWatch>, MemoryError> {
     let failed = |e| MemoryError::Map(bytes >> 20, e);
     let len = usize::try_from(bytes).map_err(|_| MemoryError::Size(bytes))?;
     let map = || {
-        MmapRegionBuilder::<()>::new(len)
+        MmapRegionBuilder::new_with_bitmap(len, WriteWatch::with_len(len))
             .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)

@@ -30,6 +30,7 @@ impl Engine {
             if self.memory.requested() {
                 self.memory.acknowledge();
             }
+            self.see_to_device_writes();
             if self.machine_stopping || self.bus.stopping() {
                 self.machine_stopping = false;
                 return Ok(VcpuExit::Stopped);

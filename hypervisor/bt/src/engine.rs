@@ -11,15 +11,16 @@ use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Thunk, VIEWS};
 use crate::stats::Stats;
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
 use crate::window::Window;
-use crate::{fault, softmmu, thunks};
+use crate::{dma, fault, softmmu, thunks};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic};
 use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
 use paravane_cpu::{Bus, CpuState, StopReason};
+use paravane_ram::WriteWatch;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 /// A hasher for keys that are a few words of address bits: multiply and fold.
 #[derive(Default)]
@@ -85,8 +86,8 @@ pub(crate) struct RamRegion {
 /// Guest RAM by host address, for the paths that cannot afford more than a compare.
 pub(crate) struct Ram {
     regions: Vec<RamRegion>,
-    /// Keeps the mappings alive.
-    _mem: GuestRam,
+    /// Keeps the mappings alive, and knows who watches them.
+    mem: GuestRam,
 }
 
 impl Ram {
@@ -99,7 +100,13 @@ impl Ram {
                 Some(RamRegion { gpa: r.start_addr().raw_value(), len: r.len(), hva: hva as u64, file })
             })
             .collect();
-        Self { regions, _mem: mem }
+        Self { regions, mem }
+    }
+
+    /// The watch over the region that holds `gpa`, and the offset there.
+    pub(crate) fn watch(&self, gpa: u64) -> Option<(&WriteWatch, u64)> {
+        let (region, at) = self.mem.to_region_addr(GuestAddress(gpa))?;
+        Some((dma::map(region).bitmap(), at.raw_value()))
     }
 
     /// The file and the offset in it that hold the page at `gpa`.
@@ -143,6 +150,8 @@ pub(crate) struct Engine {
     pub(crate) map: WordMap<Key, BlockId>,
     /// Pages that hold translated code.
     pub(crate) pages: WordMap<u64, CodePage>,
+    /// What devices wrote to them.
+    pub(crate) mailbox: Arc<dma::Mailbox>,
     pub(crate) exec_tlb: ExecTlb,
     /// Exits linked across a page boundary, which a change of mappings must undo.
     pub(crate) cross_links: Vec<u32>,
@@ -212,6 +221,7 @@ impl Engine {
         set(st, Thunk::LookupSuper, thunks::lookup_second::<2>);
         set(st, Thunk::Chain, thunks::chain);
         set(st, Thunk::LoadFpu, thunks::load_fpu);
+        let mailbox = dma::Mailbox::new(memory.clone(), &mem);
         let ram = Ram::new(mem);
         let window = Window::new(&memory, &ram, cfg.windows);
         (st.high_mask, st.low_mask) = (crate::window::HIGH_MASK, crate::window::LOW_MASK);
@@ -236,6 +246,7 @@ impl Engine {
             tables: Tables::default(),
             map: WordMap::default(),
             pages: WordMap::default(),
+            mailbox,
             exec_tlb: ExecTlb::new(),
             cross_links: Vec::new(),
             low_cross_links: false,

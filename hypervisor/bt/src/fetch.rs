@@ -273,12 +273,29 @@ impl Engine {
             self.kill_block(id);
         }
         let before = self.profile.begin(Cause::Translate);
-        let made = self.translate(key, la);
+        let made = self.translate_watched(key, la);
         self.profile.back(before);
         made
     }
 
-    fn translate(&mut self, mut key: Key, la: u64) -> Result<Option<BlockId>, Exception> {
+    /// Translates with the pages that the code comes from under watch before they are read.
+    fn translate_watched(&mut self, key: Key, la: u64) -> Result<Option<BlockId>, Exception> {
+        let first = key.gpa & !0xfff;
+        self.hold_page(first);
+        let mut second = None;
+        let made = self.translate(key, la, &mut second);
+        for page in [Some(first), second].into_iter().flatten() {
+            self.release_unused_page(page);
+        }
+        made
+    }
+
+    fn translate(
+        &mut self,
+        mut key: Key,
+        la: u64,
+        second_page: &mut Option<u64>,
+    ) -> Result<Option<BlockId>, Exception> {
         let began = Instant::now();
         let room = 4096 - (key.gpa as usize & 0xfff);
         let mut outside = [0u8; MAX_LEN];
@@ -296,7 +313,6 @@ impl Engine {
         };
         let mut decoded = std::mem::take(&mut self.decoded);
         let mut outcome = decode(bytes, key.rip, key.mode, &mut decoded);
-        let mut second_page = None;
         let mut joined = [0u8; 2 * MAX_LEN];
         if outcome == Decoded::NeedMore {
             let head = bytes.len().min(MAX_LEN);
@@ -305,8 +321,9 @@ impl Engine {
             let fetched = self.fetch_address(next, key.mode);
             match fetched {
                 Ok((gpa2, _)) => {
+                    self.hold_page(gpa2 & !0xfff);
+                    *second_page = Some(gpa2 & !0xfff);
                     self.read_phys(gpa2 & !0xfff, &mut joined[head..head + MAX_LEN]);
-                    second_page = Some(gpa2 & !0xfff);
                     if self.ram.host(gpa2 & !0xfff, 4096).is_none() {
                         key.mode.0 |= Mode::SINGLE;
                     }
@@ -344,7 +361,7 @@ impl Engine {
         self.tables.blocks.push(Block {
             key,
             guest_len: t.guest_len,
-            second_page,
+            second_page: *second_page,
             placed,
             entry: placed.offset(t.entry),
             incoming: NO_EXIT,
@@ -356,7 +373,7 @@ impl Engine {
         if !key.mode.alone() {
             self.map.insert(key, id);
             self.watch_page(key.gpa & !0xfff, id);
-            if let Some(p) = second_page {
+            if let Some(p) = *second_page {
                 self.watch_page(p, id);
             }
         }
@@ -460,10 +477,8 @@ impl Engine {
         for page in [Some(key.gpa & !0xfff), second].into_iter().flatten() {
             if let Some(p) = self.pages.get_mut(&page) {
                 p.blocks.retain(|&b| b != id);
-                if p.blocks.is_empty() {
-                    self.pages.remove(&page);
-                }
             }
+            self.release_unused_page(page);
         }
         for view in 0..crate::state::VIEWS {
             let n = key.rip as usize & (JC_ENTRIES - 1);
@@ -477,7 +492,7 @@ impl Engine {
         self.cache_full = false;
         self.stats.cache_flushes += 1;
         self.map.clear();
-        self.pages.clear();
+        self.release_all_pages();
         self.cross_links.clear();
         self.window.forget_links();
         self.forget_calls();

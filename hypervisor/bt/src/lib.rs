@@ -22,6 +22,7 @@ mod block;
 mod cache;
 mod callouts;
 mod dispatch;
+mod dma;
 mod engine;
 mod environment;
 mod fault;

@@ -46,6 +46,7 @@ counters! {
     interrupts = "interrupts delivered",
     host_faults = "host signals in translated code",
     polls = "poll exits",
+    device_writes = "device writes to pages with code",
     smc_invalidations = "blocks invalidated by writes to code",
     exits = "dispatcher entries",
     halts = "halts",

@@ -12,10 +12,8 @@ use std::mem::offset_of;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use vm_memory::GuestMemoryMmap;
 
-/// Guest RAM, shared by all vCPUs and devices.
-pub type GuestRam = Arc<GuestMemoryMmap<()>>;
+pub use paravane_ram::GuestRam;
 
 /// What the engine is told when a vCPU is made.
 #[derive(Clone, Debug)]
@@ -301,7 +299,8 @@ impl BtVcpu {
         self.engine.write_perf_map(keep)
     }
 
-    /// Tells the engine that guest RAM was written behind its back (device DMA, a loader).
+    /// Tells the engine that guest RAM was written behind its back: by raw pointer, as nothing in the machine does. Writes
+    /// through [`GuestRam`], by whatever thread, are noticed without.
     pub fn invalidate_ram(&mut self, gpa: u64, len: u64) {
         self.engine.ram_written(gpa, len);
     }

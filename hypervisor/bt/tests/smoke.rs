@@ -243,3 +243,73 @@ fn flags_survive_lookups() {
     assert_eq!(g[9], 8);
     assert_eq!(g[11], 1 << 58);
 }
+
+// Waits for a number at 0x8000, serializes, calls two functions that must give it, and reports it at 0x8008.
+guest!(
+    device_written,
+    "xor ebx, ebx",
+    "2: mov ecx, dword ptr [0x8000]",
+    "cmp ecx, ebx",
+    "je 2b",
+    "mov ebx, ecx",
+    "test ebx, 1",
+    "jz 3f",
+    "lea rax, [rip + 4f]",
+    "jmp rax",
+    "3: push rbx",
+    "xor eax, eax",
+    "cpuid",
+    "pop rbx",
+    "4: call 5f",
+    "cmp eax, ebx",
+    "jne 9f",
+    "call 6f",
+    "cmp eax, ebx",
+    "jne 9f",
+    "mov dword ptr [0x8008], ebx",
+    "jmp 2b",
+    "9: mov dword ptr [0x8008], -1",
+    "8: hlt",
+    "jmp 8b",
+    "6: mov eax, 0",
+    "ret",
+    ".skip 8192, 0x90",
+    "5: mov eax, 0",
+    "ret",
+);
+
+/// A device rewrites code on the page of the running loop and on another one, then says so: the guest must never run
+/// what was there before.
+#[test]
+fn code_written_by_a_device_is_new_when_the_guest_can_know() {
+    const ROUNDS: u32 = 5_000;
+    let code = device_written::code();
+    let (mut v, mem, _) = long_mode(code);
+    let far = CODE + code.len() as u64 - 5;
+    let near = far - 8192 - 6;
+    let kick = v.kick_handle();
+    let device = std::thread::spawn(move || {
+        let began = std::time::Instant::now();
+        for n in 1..=ROUNDS {
+            mem.write_obj(n, GuestAddress(near)).unwrap();
+            mem.write_obj(n, GuestAddress(far)).unwrap();
+            mem.store(n, GuestAddress(0x8000), std::sync::atomic::Ordering::Release).unwrap();
+            loop {
+                let seen: u32 = mem.load(GuestAddress(0x8008), std::sync::atomic::Ordering::Acquire).unwrap();
+                if seen == n {
+                    break;
+                }
+                assert!(seen == n - 1, "the guest ran old code in round {n}");
+                assert!(began.elapsed().as_secs() < 60, "the guest hangs in round {n}");
+                std::thread::yield_now();
+            }
+        }
+        // Send the guest to its HLT: old code on purpose, by a number that the functions do not give.
+        mem.store(0u32, GuestAddress(0x8000), std::sync::atomic::Ordering::Release).unwrap();
+        kick.kick();
+    });
+    assert_eq!(v.run().unwrap(), VcpuExit::Halt);
+    device.join().unwrap();
+    let writes = v.stats().into_iter().find(|(n, _)| n == "device writes to pages with code").unwrap().1;
+    assert!(writes >= u64::from(ROUNDS), "{writes} writes were noticed");
+}

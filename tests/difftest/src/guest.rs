@@ -12,6 +12,7 @@ use crate::state::{End, FPU_BYTES, FPU_MASK, Input, Outcome, host_components};
 use paravane_bt::{BtConfig, BtVcpu, Windows};
 use paravane_cpu::state::{cr0, cr4, efer};
 use paravane_cpu::{Bus, BusOutcome, CpuState, Reg, Seg, Segment, TableReg, VcpuExit};
+use paravane_ram::{GuestRam, WriteWatch};
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
@@ -90,7 +91,7 @@ impl Bus for NoDevices {
 
 /// Runs batches through the binary translator.
 pub struct Guest {
-    memory: Arc<GuestMemoryMmap<()>>,
+    memory: GuestRam,
     vcpu: BtVcpu,
     bus: Arc<NoDevices>,
     /// Counts runs, for the watchdog; 0 ends it.
@@ -259,7 +260,7 @@ fn descriptor(access: u64, flags: u64, base: u64, limit: u64) -> u64 {
 }
 
 /// Guest RAM with a file behind it, which the engine can map again.
-fn ram() -> io::Result<GuestMemoryMmap<()>> {
+fn ram() -> io::Result<GuestMemoryMmap<WriteWatch>> {
     // SAFETY: the name is a valid C string; the descriptor is new and has no other owner.
     let file = unsafe {
         let fd = libc::memfd_create(c"difftest-ram".as_ptr(), libc::MFD_CLOEXEC);
@@ -274,7 +275,7 @@ fn ram() -> io::Result<GuestMemoryMmap<()>> {
 }
 
 /// Fills guest memory: page tables, descriptor tables, stubs.
-fn build(memory: &GuestMemoryMmap<()>) -> io::Result<()> {
+fn build(memory: &GuestMemoryMmap<WriteWatch>) -> io::Result<()> {
     let put = |gpa: u64, v: u64| memory.write_obj(v, GuestAddress(gpa)).map_err(io::Error::other);
     let (present, write, user, large, nx) = (1u64, 2u64, 4u64, 1u64 << 7, 1u64 << 63);
     let table = present | write | user;
