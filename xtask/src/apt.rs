@@ -235,6 +235,14 @@ fn parse_stanzas(text: &str) -> Vec<Source> {
     sources
 }
 
+/// A source list with the machine's mirror and keys for other suites, for a tool that keeps its own apt state.
+///
+/// # Errors
+/// The machine has no Debian mirror configured.
+pub(crate) fn machine_stanza(suites: &[&str]) -> Result<String> {
+    Ok(stanza(&machine_source()?, suites))
+}
+
 /// The private source list: the machine's mirror with other suites.
 fn stanza(source: &Source, suites: &[&str]) -> String {
     let mut text = format!("Types: deb\nURIs: {}\nSuites: {}\nComponents: main\n", source.uris, suites.join(" "));

@@ -56,11 +56,17 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// True if `tool` is an executable file in one of PATH's folders.
+/// PATH, followed by the folders of system tools such as mke2fs, which an ordinary user's PATH often leaves out.
+pub(crate) fn search_path() -> std::ffi::OsString {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from));
+    std::env::join_paths(folders).unwrap_or(path)
+}
+
+/// True if `tool` is an executable file in one of the folders of [`search_path`].
 pub(crate) fn has_tool(tool: &str) -> bool {
     use std::os::unix::fs::PermissionsExt;
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| {
+    std::env::split_paths(&search_path()).any(|folder| {
         folder.join(tool).metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
     })
 }

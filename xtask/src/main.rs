@@ -10,6 +10,7 @@ mod compute_root;
 mod compute_set;
 mod compute_table;
 mod cpio;
+mod debian;
 mod host;
 mod initramfs;
 mod task_bench_boot;
@@ -39,7 +40,7 @@ enum Task {
     /// Run the quick part of `test`: formatting, lints, documentation
     Check,
     /// Fetch stock Debian kernels and busybox, and build the initramfs images, under target/guests
-    Guests,
+    Guests(task_guests::Args),
     /// Boot a stock kernel many times in a row and count the failures
     Boots(task_boots::Args),
     /// Measure, beside QEMU where it is installed
@@ -62,7 +63,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => task_demo::run(&args),
         Task::Test(args) => task_test::run(&args),
         Task::Check => task_check::run(),
-        Task::Guests => task_guests::run(),
+        Task::Guests(args) => task_guests::run(&args),
         Task::Boots(args) => task_boots::run(&args),
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
         Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),

@@ -6,6 +6,7 @@
 //! only looks.
 
 use crate::apt::Apt;
+use crate::debian;
 use crate::host::{self, Doing, Failure, Result};
 use crate::initramfs::{self, Programs, Purpose};
 use std::fs;
@@ -36,6 +37,19 @@ impl Guests {
         Err(Failure::new(format!("there is no kernel \"{series}\"; choose one of {}", KERNELS.join(", "))))
     }
 
+    /// A kernel's modules, the folder that would be /lib/modules/RELEASE.
+    ///
+    /// # Errors
+    /// There is no such series.
+    pub(crate) fn modules(&self, series: &str) -> Result<PathBuf> {
+        Ok(self.kernel(series)?.with_file_name("modules"))
+    }
+
+    /// Static busybox for x86-64.
+    pub(crate) fn busybox(&self) -> PathBuf {
+        self.folder.join("busybox/busybox")
+    }
+
     /// The initramfs that ends in a shell.
     pub(crate) fn shell_image(&self) -> PathBuf {
         self.folder.join("initramfs-shell.cpio")
@@ -47,8 +61,29 @@ impl Guests {
     }
 }
 
+/// Options of the task.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Build a Debian 12 root disk with systemd and an SSH server, and the initramfs that starts it
+    Debian,
+}
+
 /// Fetches and builds what is missing, and says where it is.
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(What::Debian) = args.what {
+        let debian = debian::fetch()?;
+        println!("disk: {} (boot from a copy)", shown(&debian.disk()));
+        println!("kernel: {}, initramfs: {}", shown(&debian.kernel), shown(&debian.initramfs()));
+        println!("parameters: {}", debian::CMDLINE);
+        println!("login: root, no password on the console; over SSH with the key {}", shown(&debian.key()));
+        return Ok(ExitCode::SUCCESS);
+    }
     let guests = fetch()?;
     for series in KERNELS {
         let version = fs::read_to_string(guests.folder.join(series).join("VERSION")).unwrap_or_default();
@@ -90,24 +125,24 @@ fn complete(cache: &Path, name: &str) -> bool {
 }
 
 /// A path for people: relative to the repository where possible.
-fn shown(path: &Path) -> String {
+pub(crate) fn shown(path: &Path) -> String {
     path.strip_prefix(host::repo()).unwrap_or(path).display().to_string()
 }
 
 /// A folder for unfinished things, named after this process and removed with everything in it.
-struct Work {
+pub(crate) struct Work {
     cache: PathBuf,
     folder: PathBuf,
 }
 
 impl Work {
-    fn new(cache: &Path) -> Result<Self> {
+    pub(crate) fn new(cache: &Path) -> Result<Self> {
         let folder = cache.join(format!(".unfinished-{}", std::process::id()));
         fs::create_dir_all(&folder).doing("cannot create a folder under target/guests")?;
         Ok(Self { cache: cache.to_path_buf(), folder })
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
