@@ -4,15 +4,11 @@
 //! the ABI in `pv-abi`.
 #![no_std]
 
-use core::arch::x86_64::__cpuid;
+pub mod cpu;
 
 /// Whether CPUID says that this is a Paravane guest. Works on every x86-64 CPU and hypervisor, in any mode.
 pub fn detect() -> bool {
-    pv_abi::cpuid::find(|leaf| {
-        let l = __cpuid(leaf);
-        [l.eax, l.ebx, l.ecx, l.edx]
-    })
-    .is_some()
+    pv_abi::cpuid::find(|leaf| cpu::cpuid(leaf, 0)).is_some()
 }
 
 #[cfg(test)]

@@ -35,38 +35,55 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// It cannot be built.
 pub fn elf() -> &'static Path {
     static ELF: OnceLock<PathBuf> = OnceLock::new();
-    ELF.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests");
-        let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-guests");
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.current_dir(&folder).args(["build", "--release", "--quiet"]).arg("--target-dir").arg(&target);
-        // The guest has flags of its own, which those of the surrounding build would replace.
-        for (name, _) in std::env::vars_os() {
-            let text = name.to_string_lossy();
-            if text.starts_with("CARGO_") && text != "CARGO_HOME" || text.ends_with("RUSTFLAGS") {
-                cargo.env_remove(&name);
-            }
-        }
-        let status = cargo.status().expect("cargo can be started");
-        assert!(status.success(), "the test guest cannot be built");
-        target.join("x86_64-unknown-linux-gnu/release/system-guest")
-    })
+    ELF.get_or_init(|| build("guests", "system-guest"))
 }
 
-/// Runs the guest; its exit status and output.
+/// The ELF file of a guest that knows the paravirtual ABI, a binary of `pv-guests/`.
+///
+/// # Panics
+/// It cannot be built.
+pub fn pv_elf(binary: &str) -> PathBuf {
+    build("pv-guests", binary)
+}
+
+/// Builds the guests of one folder and gives the path of a binary. Cargo itself sees to it that this happens once at a time.
+fn build(folder: &str, binary: &str) -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let target = tests.join("../target/test-guests");
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(tests.join(folder)).args(["build", "--release", "--quiet", "--bin", binary]);
+    cargo.arg("--target-dir").arg(&target);
+    // The guest has flags of its own, which those of the surrounding build would replace.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_") && text != "CARGO_HOME" || text.ends_with("RUSTFLAGS") {
+            cargo.env_remove(&name);
+        }
+    }
+    let status = cargo.status().expect("cargo can be started");
+    assert!(status.success(), "the test guest {binary} cannot be built");
+    target.join("x86_64-unknown-linux-gnu/release").join(binary)
+}
+
+/// Runs the system guest; its exit status and output.
 pub fn run(engine: Engine) -> (Option<i32>, String) {
+    run_elf(engine, elf(), "", &[])
+}
+
+/// Runs a bare-metal guest with a command line and further options for Paravane; its exit status and output.
+pub fn run_elf(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> (Option<i32>, String) {
     let mut command = match engine {
         Engine::Bt => {
             let mut c = Command::new(host::program());
-            c.args(["run", "--engine", "bt", "--memory", "64M", "--debug-exit", "--serial", "stdio", "--kernel"])
-                .arg(elf());
+            c.args(["run", "--engine", "bt", "--memory", "64M", "--debug-exit", "--serial", "stdio"]);
+            c.args(options).args(["--cmdline", cmdline]).arg("--kernel").arg(elf);
             c
         }
         Engine::QemuTcg => {
             let mut c = Command::new("qemu-system-x86_64");
             c.args(["-accel", "tcg", "-cpu", "max", "-m", "64", "-display", "none", "-no-reboot", "-serial", "stdio"])
-                .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-kernel"])
-                .arg(elf());
+                .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", cmdline, "-kernel"])
+                .arg(elf);
             c
         }
     };
