@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use paravane_cpu::snapshot::LapicState;
 use paravane_cpu::{Bus, BusOutcome};
 
 use crate::devices::acpi_pm::{AcpiPm, PM_TMR};
@@ -289,6 +290,22 @@ impl Chipset {
         self.input_room.notify_all();
     }
 
+    /// Makes all vCPUs leave their run loops at the next instruction boundary, until [`Chipset::resume`]. Devices and their
+    /// timers go on.
+    pub fn pause(&self) {
+        self.irqs.control.pause();
+    }
+
+    /// Takes one [`Chipset::pause`] back.
+    pub fn resume(&self) {
+        self.irqs.control.resume();
+    }
+
+    /// Whether somebody wants the vCPUs to stay out of their run loops.
+    pub fn paused(&self) -> bool {
+        self.irqs.control.paused()
+    }
+
     /// Why the machine stops; `None` while it runs.
     pub fn stop_cause(&self) -> Option<StopCause> {
         self.irqs.control.cause()
@@ -435,7 +452,7 @@ impl Chipset {
     }
 
     fn outcome(&self) -> BusOutcome {
-        if self.irqs.control.stopping() { BusOutcome::Stopping } else { BusOutcome::Done }
+        if self.irqs.control.leaving() { BusOutcome::Stopping } else { BusOutcome::Done }
     }
 
     /// Offset in the local APIC's page, when the access is for it.
@@ -576,8 +593,29 @@ impl Bus for Chipset {
             && self.irqs.lapics.get(vcpu as usize).is_some_and(|a| lock(a).take_nmi())
     }
 
+    fn lapic_save(&self, vcpu: u32) -> Option<LapicState> {
+        let a = lock(self.irqs.lapics.get(vcpu as usize)?);
+        Some(a.save(self.irqs.clock.ns()))
+    }
+
+    fn lapic_load(&self, vcpu: u32, state: &LapicState) -> bool {
+        let Some(apic) = self.irqs.lapics.get(vcpu as usize) else { return false };
+        lock(apic).load(state, self.irqs.clock.ns());
+        let control = &self.irqs.control;
+        for (bit, waits) in [(event::NMI, state.nmi), (event::INIT, state.init), (event::SIPI, state.sipi.is_some())] {
+            if waits {
+                control.raise(vcpu, bit);
+            } else {
+                control.clear(vcpu, bit);
+            }
+        }
+        self.irqs.update(vcpu);
+        self.irqs.arm_lapic_timer(vcpu);
+        true
+    }
+
     fn stopping(&self) -> bool {
-        self.irqs.control.stopping()
+        self.irqs.control.leaving()
     }
 }
 

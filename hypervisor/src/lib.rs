@@ -13,6 +13,7 @@ pub mod memory;
 pub mod output;
 pub mod profile;
 pub mod pv;
+pub mod running;
 pub mod smbios;
 pub mod terminal;
 pub mod timer;

@@ -8,8 +8,6 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use paravane_cpu::VcpuExit;
-
 use crate::chipset::{Chipset, ChipsetConfig};
 use crate::config::{ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig};
 use crate::devices::control::StopCause;
@@ -19,7 +17,7 @@ use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
 use crate::profile::{self, Symbols};
 use crate::terminal::{Event, Terminal};
-use crate::{acpi, memory, pv, smbios, terminal, tsc};
+use crate::{acpi, memory, pv, running, smbios, terminal, tsc};
 
 /// Why a machine could not run.
 #[derive(Debug, thiserror::Error)]
@@ -301,20 +299,7 @@ struct Ran {
 
 /// A vCPU's thread.
 fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> Ran {
-    let result = loop {
-        match vcpu.run() {
-            Ok(VcpuExit::Halt) => chipset.wait_for_interrupt(id),
-            Ok(VcpuExit::Stopped) => break Ok(()),
-            Ok(VcpuExit::TripleFault) => {
-                chipset.stop(StopCause::TripleFault(id));
-                break Ok(());
-            }
-            Err(e) => {
-                chipset.stop(StopCause::Host);
-                break Err(e);
-            }
-        }
-    };
+    let result = running::drive(id, &mut *vcpu, chipset).map(|_| ());
     Ran { result, counters: vcpu.counters(), profile: vcpu.take_profile() }
 }
 

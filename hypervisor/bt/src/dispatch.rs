@@ -70,6 +70,9 @@ impl Engine {
     fn deliver_events(&mut self) {
         self.profile.begin(Cause::Interrupt);
         let st = self.cpu();
+        if let Some(injection) = self.injection.take() {
+            return self.deliver_injection(injection);
+        }
         if st.nmi_blocked == 0 && st.irq_shadow == 0 && self.bus.take_nmi(self.id) {
             st.halted = 0;
             if let Err(stop) = interrupt::deliver_nmi(st, self) {

@@ -14,6 +14,7 @@ use crate::window::Window;
 use crate::{dma, fault, softmmu, thunks};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic};
 use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
+use paravane_cpu::snapshot::Injection;
 use paravane_cpu::{Bus, CpuState, StopReason};
 use paravane_ram::WriteWatch;
 use std::collections::HashMap;
@@ -178,6 +179,8 @@ pub(crate) struct Engine {
     pub(crate) info: InstructionInfoFactory,
     pub(crate) decoded: Vec<Instruction>,
 
+    /// What another engine had begun to deliver.
+    pub(crate) injection: Option<Injection>,
     /// Set when the vCPU must leave its loop.
     pub(crate) stop: Option<StopReason>,
     pub(crate) machine_stopping: bool,
@@ -260,6 +263,7 @@ impl Engine {
             asm: Asm::new(),
             info: InstructionInfoFactory::new(),
             decoded: Vec::with_capacity(64),
+            injection: None,
             stop: None,
             machine_stopping: false,
             cache_full: false,

@@ -13,6 +13,7 @@
 //! | doors between Rust and translated code | `thunks`, `state` (the shared memory) |
 //! | what Rust does for translated code | `callouts`, `softmmu` (TLB fills, stores into code) |
 //! | host signals that become guest exceptions | `fault` |
+//! | the vCPU's state out of the engine and into it | `handover` |
 //! | where the time goes | `profile`, `perf_map` (names for perf) |
 //!
 //! What instructions mean when they are not copied is in `paravane-cpu`.
@@ -27,6 +28,7 @@ mod engine;
 mod environment;
 mod fault;
 mod fetch;
+mod handover;
 mod perf_map;
 mod profile;
 mod regs;

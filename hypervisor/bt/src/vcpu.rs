@@ -6,6 +6,7 @@ use crate::fault;
 use crate::profile::Profile;
 use crate::state::{BtState, PollPage};
 use crate::window::LOW_SPAN;
+use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use std::fmt;
 use std::mem::offset_of;
@@ -257,6 +258,21 @@ impl BtVcpu {
         self.engine.state_replaced();
         // SAFETY: as in `state`.
         unsafe { &mut (*self.memory.ptr()).cpu }
+    }
+
+    /// Everything architectural, the local APIC included if the machine has one. Between calls of [`Self::run`] the vCPU is at an
+    /// instruction boundary.
+    pub fn save(&self) -> VcpuSnapshot {
+        self.engine.save()
+    }
+
+    /// Goes on from a state that this or another engine saved. All that was derived from the old one is dropped, translated code
+    /// included: memory may have changed, too.
+    ///
+    /// # Errors
+    /// When the state is not valid or cannot be held; the vCPU is as it was, then.
+    pub fn load(&mut self, state: &VcpuSnapshot) -> Result<(), StateError> {
+        self.engine.load(state)
     }
 
     /// Runs until the vCPU halts, stops or is told to stop.

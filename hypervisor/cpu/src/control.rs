@@ -4,6 +4,7 @@
 
 use iced_x86::{Code, Instruction, Register};
 
+use crate::cpuid::CpuidPolicy;
 use crate::mmu::{self, PHYS_BITS};
 use crate::operand::{reg, set_reg};
 use crate::state::{Seg, Segment, cr0, cr4, efer};
@@ -14,7 +15,7 @@ type Outcome = Result<Step, Exception>;
 const GP0: Exception = Exception::GeneralProtection(0);
 
 /// Bits of CR0 that exist; the processor ignores writes to the others below bit 32.
-const CR0_BITS: u64 =
+pub(crate) const CR0_BITS: u64 =
     cr0::PE | cr0::MP | cr0::EM | cr0::TS | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::NW | cr0::CD | cr0::PG;
 
 /// Bit 63 of a value for CR3: keep the cached translations of the PCID (SDM vol. 3, section 4.10.4.1).
@@ -152,10 +153,10 @@ fn check_pdptes<E: Env + ?Sized>(env: &mut E, cr3: u64) -> Result<(), Exception>
     Ok(())
 }
 
-/// The CR4 bits that this guest may set: the always offered ones and those that CPUID announces.
-fn cr4_bits<E: Env + ?Sized>(st: &CpuState, env: &E) -> u64 {
-    let [_, _, ecx1, edx1] = env.cpuid().query(st, 1, 0);
-    let [_, ebx7, ecx7, _] = env.cpuid().query(st, 7, 0);
+/// The CR4 bits that a guest may set: the always offered ones and those that CPUID announces.
+pub(crate) fn cr4_bits(cpuid: &CpuidPolicy) -> u64 {
+    let [_, _, ecx1, edx1] = cpuid.fixed(1, 0);
+    let [_, ebx7, ecx7, _] = cpuid.fixed(7, 0);
     let offered = [
         (edx1, 2, cr4::DE),
         (edx1, 3, cr4::PSE),
@@ -177,7 +178,7 @@ fn cr4_bits<E: Env + ?Sized>(st: &CpuState, env: &E) -> u64 {
 
 /// MOV to CR4.
 fn write_cr4<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, value: u64) -> Outcome {
-    if value & !cr4_bits(st, env) != 0 {
+    if value & !cr4_bits(env.cpuid()) != 0 {
         return Err(GP0);
     }
     let changed = value ^ st.cr4;

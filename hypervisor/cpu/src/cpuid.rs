@@ -281,6 +281,11 @@ impl CpuidPolicy {
         self.leaves[&(0x8000_0008, 0)][0] & 0xff
     }
 
+    /// What CPUID answers but for what depends on the vCPU's state.
+    pub(crate) fn fixed(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.leaves.get(&(leaf, subleaf)).copied().unwrap_or([0; 4])
+    }
+
     /// EAX, EBX, ECX, EDX of CPUID for a vCPU in state `st`. Leaves that do not exist read as zero.
     pub fn query(&self, st: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
         let sub = if matches!(leaf, 4 | 7 | 0xb | 0xd) { subleaf } else { 0 };

@@ -2,6 +2,7 @@
 //! its [`Env`] (one per vCPU, implemented by the engine).
 
 use crate::cpuid::CpuidPolicy;
+use crate::snapshot::LapicState;
 use crate::state::CpuState;
 
 /// What a write to the bus came to, for the vCPU that made it.
@@ -55,7 +56,18 @@ pub trait Bus: Send + Sync {
     fn interrupt_ack(&self, vcpu: u32) -> Option<u8>;
     /// Takes a pending NMI, if there is one.
     fn take_nmi(&self, vcpu: u32) -> bool;
-    /// Whether the machine is stopping and vCPUs should leave their run loops.
+    /// The local APIC's registers and the messages that wait in it, for a hand-over or a snapshot; IA32_TSC_DEADLINE is in terms of
+    /// the host's TSC, as in [`Bus::apic_msr_write`]. `None`: the machine has no local APIC, or the engine keeps it.
+    fn lapic_save(&self, vcpu: u32) -> Option<LapicState> {
+        let _ = vcpu;
+        None
+    }
+    /// Replaces the local APIC's registers by what was saved, and checked, before. `false`: there is none to load.
+    fn lapic_load(&self, vcpu: u32, state: &LapicState) -> bool {
+        let _ = (vcpu, state);
+        false
+    }
+    /// Whether the machine is stopping or paused and vCPUs should leave their run loops.
     fn stopping(&self) -> bool;
     /// A hypercall: number and arguments are in the registers of `st`, and so are the results. An engine whose registers live elsewhere fills
     /// in the general-purpose registers, RFLAGS, CS and CPL before, and takes the general-purpose registers and RFLAGS back. `None`: nothing

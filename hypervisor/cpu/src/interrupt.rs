@@ -100,6 +100,39 @@ pub fn deliver<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, exc: Exception) 
     }
 }
 
+/// Whether the exception with this vector pushes an error code (SDM vol. 3, table 6-1).
+pub fn has_error_code(vector: u8) -> bool {
+    matches!(vector, 8 | 10..=14 | 17)
+}
+
+/// Delivers an exception that was found before, by this engine or another: CR2 and DR6 are up to date. An exception that is
+/// none of the architecture's is taken for #UD.
+pub fn deliver_found<E: Env + ?Sized>(
+    st: &mut CpuState,
+    env: &mut E,
+    vector: u8,
+    error_code: u32,
+) -> Result<(), StopReason> {
+    let code = error_code as u16;
+    let exc = match vector {
+        0 => Exception::DivideError,
+        1 => Exception::Debug(st.dr[6]),
+        5 => Exception::BoundRange,
+        7 => Exception::DeviceNotAvailable,
+        8 => Exception::DoubleFault,
+        10 => Exception::InvalidTss(code),
+        11 => Exception::SegmentNotPresent(code),
+        12 => Exception::StackFault(code),
+        13 => Exception::GeneralProtection(code),
+        14 => Exception::PageFault { addr: st.cr2, code: error_code },
+        16 => Exception::FpuError,
+        17 => Exception::AlignmentCheck,
+        19 => Exception::SimdError,
+        _ => Exception::InvalidOpcode,
+    };
+    deliver(st, env, exc)
+}
+
 /// Delivers a maskable interrupt that the interrupt controller has handed over. `st.rip` is the next instruction.
 pub fn deliver_external<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, vector: u8) -> Result<(), StopReason> {
     let event = Event { vector, error_code: None, rip: st.rip, set_rf: false, soft: false };

@@ -24,6 +24,7 @@ pub mod msr;
 pub mod operand;
 pub mod rare;
 mod simd;
+pub mod snapshot;
 mod stack;
 pub mod state;
 mod string;

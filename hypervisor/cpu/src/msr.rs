@@ -70,6 +70,8 @@ pub mod nr {
 const MTRR_VARIABLE: u64 = 8;
 /// EFER.AIBRSE, AMD's automatic IBRS (APM vol. 2, section 3.1.7): kept, without effect.
 const EFER_AIBRSE: u64 = 1 << 21;
+/// IA32_SPEC_CTRL: IBRS, STIBP, SSBD.
+pub(crate) const SPEC_CTRL_BITS: u64 = 7;
 
 fn gp<T>() -> Result<T, Exception> {
     Err(Exception::GeneralProtection(0))
@@ -82,6 +84,11 @@ fn canonical(value: u64) -> Result<u64, Exception> {
 /// The guest's TSC now.
 pub fn guest_tsc<E: Env + ?Sized>(st: &CpuState, env: &E) -> u64 {
     env.host_tsc().wrapping_add(st.tsc_offset)
+}
+
+/// IA32_TSC_DEADLINE in terms of another TSC. Zero means "not armed" and stays; no armed one becomes zero.
+pub fn shift_deadline(value: u64, offset: u64) -> u64 {
+    if value == 0 { 0 } else { value.wrapping_add(offset).max(1) }
 }
 
 /// Index into `mtrr_fixed` of a fixed-range MTRR's number.
@@ -114,7 +121,9 @@ pub fn read<E: Env + ?Sized>(st: &CpuState, env: &E, msr: u32) -> Result<u64, Ex
     Ok(match msr {
         nr::TSC => guest_tsc(st, env),
         nr::APIC_BASE | nr::TSC_DEADLINE | nr::X2APIC_FIRST..=nr::X2APIC_LAST => {
-            return env.bus().apic_msr_read(st.id, msr).ok_or(Exception::GeneralProtection(0));
+            let value = env.bus().apic_msr_read(st.id, msr).ok_or(Exception::GeneralProtection(0))?;
+            // The machine compares deadlines with the host's TSC.
+            return Ok(if msr == nr::TSC_DEADLINE { shift_deadline(value, st.tsc_offset) } else { value });
         }
         nr::HYPERVISOR_FIRST..=nr::HYPERVISOR_LAST => {
             return env.bus().hypervisor_msr_read(st.id, msr).ok_or(Exception::GeneralProtection(0));
@@ -170,6 +179,8 @@ pub fn write<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, msr: u32, value: u
             st.tsc_adjust = value;
         }
         nr::APIC_BASE | nr::TSC_DEADLINE | nr::X2APIC_FIRST..=nr::X2APIC_LAST => {
+            let value =
+                if msr == nr::TSC_DEADLINE { shift_deadline(value, st.tsc_offset.wrapping_neg()) } else { value };
             let outcome = env.bus().apic_msr_write(st.id, msr, value).ok_or(Exception::GeneralProtection(0))?;
             env.note_outcome(outcome);
             return Ok(Step::Resync); // the APIC may have an interrupt for us now, or have moved
@@ -178,7 +189,7 @@ pub fn write<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, msr: u32, value: u
             let outcome = env.hypervisor_msr_write(st.id, msr, value).ok_or(Exception::GeneralProtection(0))?;
             env.note_outcome(outcome);
         }
-        nr::SPEC_CTRL if value & !7 == 0 => st.spec_ctrl = value,
+        nr::SPEC_CTRL if value & !SPEC_CTRL_BITS == 0 => st.spec_ctrl = value,
         nr::PRED_CMD if value & !1 == 0 => {}
         nr::FLUSH_CMD if vendor == Vendor::Intel && value & !1 == 0 => {}
         nr::SYSENTER_CS => st.sysenter_cs = value & 0xffff_ffff,
@@ -187,32 +198,16 @@ pub fn write<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, msr: u32, value: u
         // Fast strings, limit CPUID, xTPR disable, XD disable: only the first two may change here.
         nr::MISC_ENABLE => st.misc_enable = value & (1 | 1 << 22),
         nr::MTRR_PHYSBASE0..=nr::MTRR_PHYSMASK7 => {
-            let phys = (1_u64 << env.cpuid().phys_bits()) - 1;
+            let phys = env.cpuid().phys_bits();
             let pair = &mut st.mtrr_var[((msr - nr::MTRR_PHYSBASE0) / 2) as usize];
-            if msr & 1 == 0 {
-                if value & !(phys & !0xfff | 0xff) != 0 || !mtrr_type(value as u8) {
-                    return gp();
-                }
-                pair.0 = value;
-            } else {
-                if value & !(phys & !0xfff | 1 << 11) != 0 {
-                    return gp();
-                }
-                pair.1 = value;
+            match msr & 1 {
+                0 if mtrr_base_valid(value, phys) => pair.0 = value,
+                1 if mtrr_mask_valid(value, phys) => pair.1 = value,
+                _ => return gp(),
             }
         }
-        nr::PAT => {
-            if !value.to_le_bytes().into_iter().all(|t| mtrr_type(t) || t == 7) {
-                return gp();
-            }
-            st.pat = value;
-        }
-        nr::MTRR_DEF_TYPE => {
-            if value & !0xcff != 0 || !mtrr_type(value as u8) {
-                return gp();
-            }
-            st.mtrr_def_type = value;
-        }
+        nr::PAT if pat_valid(value) => st.pat = value,
+        nr::MTRR_DEF_TYPE if mtrr_def_type_valid(value) => st.mtrr_def_type = value,
         nr::EFER => return write_efer(st, env, value, vendor),
         nr::STAR => st.star = value,
         nr::LSTAR => st.lstar = canonical(value)?,
@@ -227,7 +222,7 @@ pub fn write<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, msr: u32, value: u
         // LBR and BTF are accepted and have no effect, as on other hypervisors without branch records.
         nr::DEBUGCTL if value & !3 == 0 => {}
         _ => match fixed_index(msr) {
-            Some(i) if value.to_le_bytes().into_iter().all(mtrr_type) => st.mtrr_fixed[i] = value,
+            Some(i) if mtrr_fixed_valid(value) => st.mtrr_fixed[i] = value,
             None if vendor == Vendor::Amd && quiet_amd(msr).is_some() => {}
             _ => return gp(),
         },
@@ -240,8 +235,38 @@ fn mtrr_type(t: u8) -> bool {
     matches!(t, 0 | 1 | 4 | 5 | 6)
 }
 
+/// Whether IA32_PAT may hold `value`.
+pub(crate) fn pat_valid(value: u64) -> bool {
+    value.to_le_bytes().into_iter().all(|t| mtrr_type(t) || t == 7)
+}
+
+/// Whether IA32_MTRR_DEF_TYPE may hold `value`.
+pub(crate) fn mtrr_def_type_valid(value: u64) -> bool {
+    value & !0xcff == 0 && mtrr_type(value as u8)
+}
+
+/// Whether a fixed-range MTRR may hold `value`.
+pub(crate) fn mtrr_fixed_valid(value: u64) -> bool {
+    value.to_le_bytes().into_iter().all(mtrr_type)
+}
+
+/// Whether a variable-range MTRR's base may be `value`, with physical addresses of `phys` bits.
+pub(crate) fn mtrr_base_valid(value: u64, phys: u32) -> bool {
+    value & !(((1 << phys) - 1) & !0xfff | 0xff) == 0 && mtrr_type(value as u8)
+}
+
+/// Whether a variable-range MTRR's mask may be `value`.
+pub(crate) fn mtrr_mask_valid(value: u64, phys: u32) -> bool {
+    value & !(((1 << phys) - 1) & !0xfff | 1 << 11) == 0
+}
+
+/// Bits of EFER that software may set.
+pub(crate) fn efer_bits(vendor: Vendor) -> u64 {
+    efer::SCE | efer::LME | efer::NXE | if vendor == Vendor::Amd { EFER_AIBRSE } else { 0 }
+}
+
 fn write_efer<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, value: u64, vendor: Vendor) -> Result<Step, Exception> {
-    let own = efer::SCE | efer::LME | efer::NXE | if vendor == Vendor::Amd { EFER_AIBRSE } else { 0 };
+    let own = efer_bits(vendor);
     if value & !(own | efer::LMA) != 0 {
         return gp();
     }

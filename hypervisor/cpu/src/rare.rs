@@ -170,7 +170,7 @@ mod tests {
         st.gpr[0] = 0xdead_0000_4000_0000;
         assert_eq!(run(&mut st, &mut env, &[0x0f, 0xa2]), Some(Ok(Step::Next)));
         assert_eq!(st.gpr[0], 0x4000_0010);
-        assert_eq!(st.gpr[3], u32::from_le_bytes(*b"Para").into());
+        assert_eq!(st.gpr[3], u64::from(u32::from_le_bytes(*b"Para")));
     }
 
     #[test]

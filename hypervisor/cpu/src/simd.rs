@@ -65,8 +65,13 @@ pub(crate) fn set_mxcsr(st: &mut CpuState, value: u32) {
     st.xsave.0[MXCSR..MXCSR + 4].copy_from_slice(&value.to_le_bytes());
 }
 
+/// Whether the host has component `i`.
+pub(crate) fn has(i: u32) -> bool {
+    i < 2 || host_fpu::component(i).size != 0
+}
+
 /// Where a piece of a vector register lives: component, offset in the image, and the bytes of the register it holds.
-fn pieces(n: usize) -> [(u32, usize, std::ops::Range<usize>); 3] {
+pub(crate) fn pieces(n: usize) -> [(u32, usize, std::ops::Range<usize>); 3] {
     let at = |i: u32, stride: usize, k: usize| host_fpu::component(i).offset + stride * k;
     if n < 16 {
         [(1, 160 + 16 * n, 0..16), (2, at(2, 16, n), 16..32), (6, at(6, 32, n), 32..64)]

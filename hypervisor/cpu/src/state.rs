@@ -4,6 +4,8 @@
 //! is part of the contract between the translator and the code it emits. Fields that translated code touches
 //! come first. Everything is plain data; nothing here knows about memory or devices.
 
+use serde::{Deserialize, Serialize};
+
 /// General-purpose register numbers in the encoding order of the instruction set (SDM vol. 2, table 3-1).
 #[allow(missing_docs)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +43,8 @@ pub enum Seg {
 }
 
 /// A segment register with its hidden part (SDM vol. 3, section 3.4.3).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[repr(C)]
 pub struct Segment {
     /// Linear base address in bytes.
@@ -95,7 +98,8 @@ impl Segment {
 }
 
 /// GDTR or IDTR.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[repr(C)]
 pub struct TableReg {
     /// Linear base address.

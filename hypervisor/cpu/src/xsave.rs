@@ -314,14 +314,18 @@ fn xgetbv(st: &mut CpuState) -> Result<Step, Exception> {
     Ok(Step::Next)
 }
 
+/// x87 always; AVX only with SSE; AVX-512's three only together and with AVX (SDM vol. 1, section 13.3).
+pub(crate) fn xcr0_consistent(value: u64) -> bool {
+    value & 1 != 0 && value & 6 != 4 && matches!(value & 0xe0, 0 | 0xe0) && value & 0xe4 != 0xe0
+}
+
 fn xsetbv(st: &mut CpuState) -> Result<Step, Exception> {
     if st.cr4 & cr4::OSXSAVE == 0 {
         return Err(Exception::InvalidOpcode);
     }
     let value = edx_eax(st);
-    // x87 always; AVX only with SSE; AVX-512's three only together and with AVX (SDM vol. 1, section 13.3).
-    let consistent = value & 1 != 0 && value & 6 != 4 && matches!(value & 0xe0, 0 | 0xe0) && value & 0xe4 != 0xe0;
-    if st.cpl != 0 || st.gpr[Reg::Rcx as usize] as u32 != 0 || value & !host_fpu::offered_xcr0() != 0 || !consistent {
+    let allowed = value & !host_fpu::offered_xcr0() == 0 && xcr0_consistent(value);
+    if st.cpl != 0 || st.gpr[Reg::Rcx as usize] as u32 != 0 || !allowed {
         return Err(GP);
     }
     st.xcr0 = value;

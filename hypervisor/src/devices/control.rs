@@ -60,6 +60,7 @@ struct Vcpu {
 pub struct Control {
     vcpus: Box<[Vcpu]>,
     stopping: AtomicBool,
+    pauses: AtomicU32,
     cause: OnceLock<StopCause>,
 }
 
@@ -69,6 +70,7 @@ impl Control {
         Self {
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
             stopping: AtomicBool::new(false),
+            pauses: AtomicU32::new(0),
             cause: OnceLock::new(),
         }
     }
@@ -85,6 +87,30 @@ impl Control {
     /// Whether the machine is stopping.
     pub fn stopping(&self) -> bool {
         self.stopping.load(SeqCst)
+    }
+
+    /// Gets all vCPUs out of guest code and out of their sleep until [`Control::resume`]; pauses nest.
+    pub fn pause(&self) {
+        self.pauses.fetch_add(1, SeqCst);
+        for vcpu in 0..self.vcpus.len() as u32 {
+            self.wake(vcpu);
+        }
+    }
+
+    /// Takes one [`Control::pause`] back.
+    pub fn resume(&self) {
+        let before = self.pauses.fetch_sub(1, SeqCst);
+        debug_assert!(before != 0, "resumed more often than paused");
+    }
+
+    /// Whether the machine is paused.
+    pub fn paused(&self) -> bool {
+        self.pauses.load(SeqCst) != 0
+    }
+
+    /// Whether vCPUs are to leave their run loops: the machine is stopping or paused.
+    pub fn leaving(&self) -> bool {
+        self.stopping() || self.paused()
     }
 
     /// Why the machine stops; `None` while it runs.
@@ -136,15 +162,15 @@ impl Control {
             .is_some_and(|v| v.events.load(SeqCst) & bit != 0 && v.events.fetch_and(!bit, SeqCst) & bit != 0)
     }
 
-    /// Puts the calling thread, the vCPU's own, to sleep until `ready` holds or the machine stops.
+    /// Puts the calling thread, the vCPU's own, to sleep until `ready` holds or the machine stops or is paused.
     pub(crate) fn sleep_until(&self, vcpu: u32, ready: impl Fn() -> bool) {
         let Some(v) = self.vcpus.get(vcpu as usize) else { return };
-        if ready() || self.stopping() {
+        if ready() || self.leaving() {
             return;
         }
         let mut gate = lock(&v.gate);
         v.asleep.store(true, SeqCst);
-        while !ready() && !self.stopping() {
+        while !ready() && !self.leaving() {
             gate = v.wake.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
         v.asleep.store(false, SeqCst);

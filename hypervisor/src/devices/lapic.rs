@@ -4,6 +4,7 @@
 //! deadlines. Interrupt messages for other vCPUs come out as [`Action`]s.
 
 use super::ioapic::Message;
+use paravane_cpu::snapshot::LapicState;
 
 /// APIC timer input clock in Hz: one tick per nanosecond keeps the arithmetic exact.
 pub const BUS_HZ: u32 = 1_000_000_000;
@@ -335,8 +336,9 @@ impl Lapic {
     pub fn expire(&mut self) {
         match self.timer_mode() {
             2 => self.tsc_deadline = 0,
-            0 => self.initial = 0,
-            _ => {}
+            1 => {}
+            // The reserved mode counts down once, too.
+            _ => self.initial = 0,
         }
         let l = self.lvt[1];
         if self.enabled() && l & LVT_MASKED == 0 {
@@ -347,6 +349,61 @@ impl Lapic {
                 clear(&mut self.tmr, l as u8);
             }
         }
+    }
+
+    /// Everything as data. The count is what it is at `now_ns`.
+    pub fn save(&self, now_ns: u64) -> LapicState {
+        LapicState {
+            id: self.id,
+            base: self.base,
+            tpr: self.tpr,
+            ldr: self.ldr,
+            dfr: self.dfr,
+            svr: self.svr,
+            isr: self.isr,
+            tmr: self.tmr,
+            irr: self.irr,
+            esr: self.esr,
+            esr_pending: self.esr_pending,
+            icr: self.icr,
+            lvt: self.lvt,
+            timer_initial: self.initial,
+            timer_divide: self.divide,
+            timer_current: self.current(now_ns),
+            tsc_deadline: self.tsc_deadline(),
+            nmi: self.nmi,
+            init: self.init,
+            sipi: self.sipi,
+        }
+    }
+
+    /// Takes over what [`Lapic::save`] gave, here or elsewhere. The timer goes on from its count; its deadline is to be set anew. The
+    /// state has been checked ([`paravane_cpu::snapshot::VcpuSnapshot::validate`]).
+    pub fn load(&mut self, s: &LapicState, now_ns: u64) {
+        *self = Self {
+            id: s.id,
+            base: s.base,
+            tpr: s.tpr,
+            ldr: s.ldr,
+            dfr: s.dfr,
+            svr: s.svr,
+            isr: s.isr,
+            tmr: s.tmr,
+            irr: s.irr,
+            esr: s.esr,
+            esr_pending: s.esr_pending,
+            icr: s.icr,
+            lvt: s.lvt,
+            initial: s.timer_initial,
+            divide: s.timer_divide,
+            started: 0,
+            tsc_deadline: s.tsc_deadline,
+            nmi: s.nmi,
+            init: s.init,
+            sipi: s.sipi,
+        };
+        let gone = u64::from(s.timer_initial.saturating_sub(s.timer_current)) * self.divisor();
+        self.started = now_ns.saturating_sub(gone);
     }
 
     /// IA32_TSC_DEADLINE.

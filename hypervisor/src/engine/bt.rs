@@ -4,6 +4,7 @@ use super::{EngineError, MachineInfo, Profile, Vcpu};
 use crate::devices::control::Kick;
 use crate::memory::GuestRam;
 use paravane_bt::{BtConfig, BtKick, BtVcpu};
+use paravane_cpu::snapshot::VcpuSnapshot;
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use std::sync::Arc;
 
@@ -37,6 +38,12 @@ impl BtEngine {
 impl Vcpu for BtEngine {
     fn state_mut(&mut self) -> &mut CpuState {
         self.0.state_mut()
+    }
+    fn save(&mut self) -> Result<VcpuSnapshot, EngineError> {
+        Ok(self.0.save())
+    }
+    fn load(&mut self, state: &VcpuSnapshot) -> Result<(), EngineError> {
+        Ok(self.0.load(state)?)
     }
     fn run(&mut self) -> Result<VcpuExit, EngineError> {
         Ok(self.0.run()?)

@@ -7,6 +7,7 @@ mod bt;
 
 use crate::devices::control::Kick;
 use crate::memory::GuestRam;
+use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use std::sync::Arc;
 
@@ -27,6 +28,16 @@ pub enum EngineKind {
 pub trait Vcpu: Send {
     /// The architectural state, to be set before the first run.
     fn state_mut(&mut self) -> &mut CpuState;
+    /// Everything architectural, at an instruction boundary: the vCPU is at one whenever `run` has come back.
+    ///
+    /// # Errors
+    /// When the host or the engine cannot give it.
+    fn save(&mut self) -> Result<VcpuSnapshot, EngineError>;
+    /// Goes on from a state that this or another engine saved. Guest memory may have changed since this vCPU last ran.
+    ///
+    /// # Errors
+    /// When the state is not valid or this engine cannot hold it; the vCPU is as it was, then.
+    fn load(&mut self, state: &VcpuSnapshot) -> Result<(), EngineError>;
     /// Runs until the vCPU stops or policy must decide.
     ///
     /// # Errors
@@ -59,6 +70,9 @@ pub enum EngineError {
     /// Binary translation cannot work here.
     #[error(transparent)]
     Bt(#[from] paravane_bt::BtError),
+    /// A vCPU's state cannot be saved or loaded.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 /// What an engine is told about the machine.

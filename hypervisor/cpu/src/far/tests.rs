@@ -51,7 +51,7 @@ fn iretd_to_compatibility_mode_and_back_by_interrupt() {
     m.set(Reg::Rsp, 0xb000);
     interrupt::deliver_external(&mut m.st, &mut m.env, 32).unwrap();
     assert_eq!((m.st.code_bits(), m.gpr(Reg::Rsp)), (64, STACK0 - 40));
-    assert_eq!(m.get64(STACK0 - 32), UCODE32.into());
+    assert_eq!(m.get64(STACK0 - 32), u64::from(UCODE32));
 }
 
 #[test]
