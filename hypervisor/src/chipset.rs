@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use paravane_cpu::snapshot::LapicState;
-use paravane_cpu::{Bus, BusOutcome};
+use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome};
 
 use crate::devices::acpi_pm::{AcpiPm, PM_TMR};
 use crate::devices::control::{Control, Kick, StopCause, event};
@@ -24,7 +24,10 @@ use crate::devices::pic::Pic;
 use crate::devices::pit::Pit;
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{IrqTrigger, SerialPort};
+use crate::pv::{self, Pv, PvConfig};
 use crate::timer::{Clock, Timer, Timers};
+
+mod paravirt;
 
 /// I/O port of the pvpanic device (QEMU's pvpanic specification).
 pub const PVPANIC: u16 = 0x505;
@@ -39,6 +42,8 @@ pub struct ChipsetConfig {
     pub debug_exit: bool,
     /// Where COM1's output goes.
     pub serial: Box<dyn Write + Send>,
+    /// The paravirtual interfaces.
+    pub pv: Option<PvConfig>,
 }
 
 /// The interrupt controllers.
@@ -130,7 +135,9 @@ impl Interrupts {
     fn update(&self, vcpu: u32) {
         let Some(apic) = self.lapics.get(vcpu as usize) else { return };
         let a = lock(apic);
-        let pending = a.pending().is_some() || (vcpu == 0 && self.intr.load(SeqCst) && a.accepts_extint());
+        let pending = a.pending().is_some()
+            || a.waits_for_settlement()
+            || (vcpu == 0 && self.intr.load(SeqCst) && a.accepts_extint());
         if pending {
             self.control.raise(vcpu, event::APIC);
         } else {
@@ -207,6 +214,7 @@ pub struct Chipset {
     serial: Mutex<SerialPort>,
     input_room: Condvar,
     debug_exit: bool,
+    pv: Option<Pv>,
     pit_timer: OnceLock<Timer>,
     rtc_timer: OnceLock<Timer>,
     timers: Timers,
@@ -241,6 +249,7 @@ impl Chipset {
             })
             .collect();
         let _ = irqs.lapic_timers.set(lapic_timers);
+        let pv = cfg.pv.map(|c| Pv::new(c, cfg.cpus, irqs.clock.clone()));
         let com1 = irqs.clone();
         let trigger = IrqTrigger(Box::new(move || com1.edge(COM1_IRQ)));
         let legacy = Legacy {
@@ -252,7 +261,7 @@ impl Chipset {
             kbc_out: None,
             kbc_command: None,
         };
-        Ok(Arc::new_cyclic(|weak: &Weak<Self>| {
+        let chipset = Arc::new_cyclic(|weak: &Weak<Self>| {
             let call = |f: fn(&Self)| {
                 let weak = weak.clone();
                 timers.add(move || {
@@ -267,11 +276,31 @@ impl Chipset {
                 serial: Mutex::new(SerialPort::new(cfg.serial, trigger)),
                 input_room: Condvar::new(),
                 debug_exit: cfg.debug_exit,
+                pv,
                 pit_timer: OnceLock::from(call(Self::pit_fired)),
                 rtc_timer: OnceLock::from(call(Self::rtc_fired)),
                 timers,
             }
-        }))
+        });
+        if let Some(pv) = &chipset.pv {
+            for n in 0..cfg.cpus {
+                let weak = Arc::downgrade(&chipset);
+                let fire = move || {
+                    if let Some(me) = weak.upgrade()
+                        && let Some(vector) = me.pv.as_ref().and_then(|pv| pv.timer_vector(n))
+                    {
+                        me.inject(n, vector);
+                    }
+                };
+                pv.set_timer(n, chipset.timers.add(fire));
+            }
+        }
+        Ok(chipset)
+    }
+
+    /// What CPUID answers a vCPU from 0x4000_0000 on: leaf, and EAX to EDX.
+    pub fn hypervisor_leaves(&self, vcpu: u32, tsc_khz: u32, apic_hz: u32) -> Vec<(u32, [u32; 4])> {
+        self.pv.as_ref().map_or_else(Vec::new, |pv| pv.leaves(vcpu, tsc_khz, apic_hz))
     }
 
     /// Registers how a vCPU is made to look at its events.
@@ -497,6 +526,7 @@ impl Bus for Chipset {
     fn mmio_read(&self, vcpu: u32, gpa: u64, data: &mut [u8]) {
         data.fill(0xff);
         let value = if let Some(offset) = self.lapic_offset(vcpu, gpa) {
+            self.settle_eoi(vcpu);
             let now = self.irqs.clock.ns();
             // Registers are 32 bits wide on 16-byte boundaries; other bytes read as zero.
             let v = lock(&self.irqs.lapics[vcpu as usize]).read((offset >> 4) as u32, now).unwrap_or(0);
@@ -516,6 +546,7 @@ impl Bus for Chipset {
             return BusOutcome::Done;
         };
         if let Some(offset) = self.lapic_offset(vcpu, gpa) {
+            self.settle_eoi(vcpu);
             if offset & 15 == 0 {
                 let now = self.irqs.clock.ns();
                 let action = lock(&self.irqs.lapics[vcpu as usize]).write((offset >> 4) as u32, u64::from(v), now);
@@ -531,6 +562,7 @@ impl Bus for Chipset {
     }
 
     fn apic_msr_read(&self, vcpu: u32, msr: u32) -> Option<u64> {
+        self.settle_eoi(vcpu);
         let mut a = lock(self.irqs.lapics.get(vcpu as usize)?);
         match msr {
             0x1b => Some(a.base()),
@@ -544,6 +576,7 @@ impl Bus for Chipset {
     }
 
     fn apic_msr_write(&self, vcpu: u32, msr: u32, value: u64) -> Option<BusOutcome> {
+        self.settle_eoi(vcpu);
         let mut a = lock(self.irqs.lapics.get(vcpu as usize)?);
         let action = match msr {
             0x1b => a.set_base(value).then_some(Action::Timer)?,
@@ -570,14 +603,18 @@ impl Bus for Chipset {
     }
 
     fn interrupt_pending(&self, vcpu: u32) -> bool {
-        self.irqs.control.events(vcpu) & event::APIC != 0
+        self.irqs.control.events(vcpu) & event::APIC != 0 && self.pending_unmasked(vcpu)
     }
 
     fn interrupt_ack(&self, vcpu: u32) -> Option<u8> {
+        self.settle_eoi(vcpu);
         let mut a = lock(self.irqs.lapics.get(vcpu as usize)?);
         let mut vector = a.acknowledge();
         let extint = vector.is_none() && vcpu == 0 && a.accepts_extint();
         drop(a);
+        if let Some(v) = vector {
+            self.acknowledged(vcpu, v);
+        }
         if extint {
             let mut w = lock(&self.irqs.wired);
             vector = w.pic.ack();
@@ -594,6 +631,7 @@ impl Bus for Chipset {
     }
 
     fn lapic_save(&self, vcpu: u32) -> Option<LapicState> {
+        self.settle_eoi(vcpu);
         let a = lock(self.irqs.lapics.get(vcpu as usize)?);
         Some(a.save(self.irqs.clock.ns()))
     }
@@ -617,6 +655,30 @@ impl Bus for Chipset {
     fn stopping(&self) -> bool {
         self.irqs.control.leaving()
     }
+
+    fn wakes(&self, vcpu: u32) -> bool {
+        self.irqs.control.clear(vcpu, event::WAKE);
+        self.pv.as_ref().is_some_and(|pv| pv.wakes(vcpu))
+    }
+
+    fn tsc_moved(&self, vcpu: u32, offset: u64) {
+        if let Some(pv) = &self.pv {
+            pv.tsc_moved(vcpu, offset);
+        }
+    }
+
+    fn hypercall(&self, st: &mut CpuState, env: &mut dyn Env) -> Option<HypercallOutcome> {
+        self.pv.as_ref().map(|pv| pv::calls::hypercall(pv, self, st, env))
+    }
+
+    fn hypervisor_msr_read(&self, vcpu: u32, msr: u32) -> Option<u64> {
+        self.pv.as_ref()?.kvm_msr_read(vcpu, msr)
+    }
+
+    fn hypervisor_msr_write(&self, vcpu: u32, msr: u32, value: u64, _env: &mut dyn Env) -> Option<BusOutcome> {
+        self.settle_eoi(vcpu);
+        self.pv.as_ref()?.kvm_msr_write(vcpu, msr, value)
+    }
 }
 
 /// Number of I/O APIC pins, for the ACPI tables.
@@ -631,7 +693,7 @@ mod tests {
     #[test]
     fn deadlines_set_while_the_last_one_fires_are_kept() {
         const ROUNDS: u32 = 20_000;
-        let cfg = ChipsetConfig { cpus: 1, debug_exit: false, serial: Box::new(io::sink()) };
+        let cfg = ChipsetConfig { cpus: 1, debug_exit: false, serial: Box::new(io::sink()), pv: None };
         let chipset = Chipset::new(cfg).unwrap();
         let apic = |register: u64, value: u32| {
             chipset.mmio_write(0, crate::devices::lapic::BASE + register, &value.to_le_bytes());

@@ -1,6 +1,7 @@
 //! What a user can ask for, checked in one place.
 
 use crate::engine::{EngineKind, Windows};
+use crate::pv::Offer;
 use std::path::PathBuf;
 
 /// Least guest memory: below it no kernel has room for its boot data.
@@ -54,6 +55,8 @@ pub struct VmConfig {
     pub engine: EngineKind,
     /// When guest processes get host mappings under binary translation.
     pub windows: Windows,
+    /// What the guest is offered of the paravirtual interfaces.
+    pub pv: Offer,
     /// COM1.
     pub serial: SerialConfig,
     /// QEMU-compatible debug exit at port 0xf4.
@@ -86,6 +89,9 @@ pub enum ConfigError {
     /// A choice about windows that does not exist.
     #[error("\"{0}\" says nothing about windows; use off, auto or always")]
     Windows(String),
+    /// A choice about the paravirtual interfaces that does not exist.
+    #[error("\"{0}\" says nothing about the paravirtual interfaces; use off, auto or all")]
+    Pv(String),
     /// A fate of the names for perf that does not exist.
     #[error("\"{0}\" says nothing about the names for perf; use remove or keep")]
     PerfMap(String),
@@ -140,6 +146,19 @@ pub fn parse_windows(text: &str) -> Result<Windows, ConfigError> {
         "auto" => Ok(Windows::Auto),
         "always" => Ok(Windows::Always),
         _ => Err(ConfigError::Windows(text.to_owned())),
+    }
+}
+
+/// Reads what is offered of the paravirtual interfaces.
+///
+/// # Errors
+/// When it is none of the three words.
+pub fn parse_pv(text: &str) -> Result<Offer, ConfigError> {
+    match text {
+        "off" => Ok(Offer::Off),
+        "auto" => Ok(Offer::Auto),
+        "all" => Ok(Offer::All),
+        _ => Err(ConfigError::Pv(text.to_owned())),
     }
 }
 

@@ -3,6 +3,7 @@
 use clap::{Args, Parser, Subcommand};
 use paravane::config::{self, PerfMap, ReportTo, SerialConfig, VmConfig};
 use paravane::engine::{EngineKind, Windows};
+use paravane::pv::Offer;
 use paravane::vm;
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -63,6 +64,9 @@ struct Run {
     /// Host mappings for guest processes under binary translation: off, auto (those that compute) or always
     #[arg(long, default_value = "auto", value_parser = config::parse_windows)]
     windows: Windows,
+    /// Paravirtual interfaces for guests that know them: off, auto (what pays on the engine) or all
+    #[arg(long, default_value = "auto", value_parser = config::parse_pv)]
+    pv: Offer,
     /// Where the serial port goes: stdio, null or file=PATH
     #[arg(long, default_value = "stdio", value_parser = config::parse_serial)]
     serial: SerialConfig,
@@ -100,6 +104,7 @@ fn main() -> ExitCode {
         cpus: r.cpus,
         engine: r.engine,
         windows: r.windows,
+        pv: r.pv,
         serial: r.serial,
         debug_exit: r.debug_exit,
         stats: r.stats,

@@ -94,6 +94,17 @@ pub fn layout(bytes: u64) -> Vec<(u64, u64)> {
     parts
 }
 
+/// Gives memory back to the host: `len` bytes at `gpa` read as zero from now on, in every mapping. Does nothing where the range is not RAM or the
+/// host refuses.
+pub fn discard(ram: &GuestRam, gpa: u64, len: u64) {
+    for slice in ram.get_slices(GuestAddress(gpa), len as usize).filter_map(Result::ok) {
+        let guard = slice.ptr_guard_mut();
+        // SAFETY: the range lies in a shared mapping of the guest's memory file, which `ram` keeps; what it holds is guest data, which
+        // nobody has references into.
+        unsafe { libc::madvise(guard.as_ptr().cast(), guard.len(), libc::MADV_REMOVE) };
+    }
+}
+
 fn memfd(name: &CStr, bytes: u64) -> io::Result<File> {
     // SAFETY: the name is NUL-terminated and outlives the call.
     let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };

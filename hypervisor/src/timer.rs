@@ -62,6 +62,15 @@ impl Clock {
         }
     }
 
+    /// The TSC and the clock, read at the same moment.
+    pub fn pair(&self) -> (u64, u64) {
+        if self.manual.is_some() {
+            return (self.tsc(), self.ns());
+        }
+        let (tsc, at) = tsc::sample();
+        (tsc, at.saturating_duration_since(self.origin).as_nanos() as u64)
+    }
+
     /// The time, on this clock in ns, at which the TSC reaches `tsc`; never before it does, and now if it has already.
     pub fn ns_of_tsc(&self, tsc: u64) -> u64 {
         let ahead = tsc.saturating_sub(self.tsc());

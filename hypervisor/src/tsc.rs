@@ -79,7 +79,7 @@ fn measure(span: Duration) -> u64 {
 }
 
 /// One pair of simultaneous readings, the tightest of several.
-fn sample() -> (u64, Instant) {
+pub(crate) fn sample() -> (u64, Instant) {
     let mut best = (u64::MAX, 0, Instant::now());
     for _ in 0..16 {
         let before = rdtsc();

@@ -17,7 +17,7 @@ use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
 use crate::profile::{self, Symbols};
 use crate::terminal::{Event, Terminal};
-use crate::{acpi, memory, pv, running, smbios, terminal, tsc};
+use crate::{acpi, memory, running, smbios, terminal, tsc};
 
 /// Why a machine could not run.
 #[derive(Debug, thiserror::Error)]
@@ -159,7 +159,8 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let ending = Arc::new(Ending::default());
     let serial = Serial::open(&cfg.serial, &ending)?;
     let (output, port) = (serial.output, serial.port);
-    let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port })?;
+    let pv = engine::paravirt(kind, cfg.pv, &mem);
+    let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port, pv })?;
     let _ = ending.chipset.set(Arc::downgrade(&chipset));
     let tsc_khz = tsc::tsc_khz();
     let info = MachineInfo {
@@ -167,7 +168,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         tsc_khz,
         apic_hz: lapic::BUS_HZ,
         windows: cfg.windows,
-        hypervisor_leaves: pv::leaves(tsc_khz, lapic::BUS_HZ),
+        hypervisor_leaves: chipset.hypervisor_leaves(0, tsc_khz, lapic::BUS_HZ),
     };
     let mut vcpu = engine::make(kind, 0, mem.clone(), chipset.clone(), &info)?;
     let rsdp = acpi::write(&mem, cfg.cpus)?;

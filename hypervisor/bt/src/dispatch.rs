@@ -41,6 +41,9 @@ impl Engine {
                 continue;
             }
             let st = self.cpu();
+            if st.halted != 0 && self.bus.wakes(self.id) {
+                st.halted = 0;
+            }
             if st.halted != 0 {
                 self.stats.halts += 1;
                 if st.rflags & rflags::IF == 0 && self.bus.interrupt_pending(self.id) {

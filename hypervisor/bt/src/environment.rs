@@ -62,6 +62,16 @@ impl Env for Engine {
         }
     }
 
+    fn write_pte(&mut self, gpa: u64, value: u64) -> bool {
+        let Some(p) = self.ram.host(gpa, 8) else { return false };
+        if self.pages.contains_key(&(gpa & !0xfff)) {
+            self.ram_written(gpa, 8);
+        }
+        // SAFETY: as in `read_pte`; callers pass naturally aligned addresses.
+        unsafe { (*p.cast::<AtomicU64>()).store(value, Ordering::SeqCst) };
+        true
+    }
+
     fn bus(&self) -> &dyn Bus {
         &*self.bus
     }

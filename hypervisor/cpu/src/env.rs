@@ -69,6 +69,16 @@ pub trait Bus: Send + Sync {
     }
     /// Whether the machine is stopping or paused and vCPUs should leave their run loops.
     fn stopping(&self) -> bool;
+    /// Whether a halted vCPU is to go on although no interrupt is deliverable: somebody kicked it, or it masks an interrupt by means
+    /// that HLT does not know.
+    fn wakes(&self, vcpu: u32) -> bool {
+        let _ = vcpu;
+        false
+    }
+    /// The vCPU's TSC now differs from the host's by `offset` ticks.
+    fn tsc_moved(&self, vcpu: u32, offset: u64) {
+        let _ = (vcpu, offset);
+    }
     /// A hypercall: number and arguments are in the registers of `st`, and so are the results. An engine whose registers live elsewhere fills
     /// in the general-purpose registers, RFLAGS, CS and CPL before, and takes the general-purpose registers and RFLAGS back. `None`: nothing
     /// here takes hypercalls, and the instruction is undefined, as it is on a CPU by itself.
@@ -116,6 +126,8 @@ pub trait Env {
     /// Sets bits (accessed, dirty) in a page-table entry with an atomic compare-exchange from `old`. `false` when the entry is no
     /// longer `old`: walk again.
     fn update_pte(&mut self, gpa: u64, bytes: u8, old: u64, new: u64) -> bool;
+    /// Stores a page-table entry of 8 bytes, naturally aligned, with one store. `false` when the address is not RAM.
+    fn write_pte(&mut self, gpa: u64, value: u64) -> bool;
     /// The machine's bus.
     fn bus(&self) -> &dyn Bus;
     /// Drops cached translations.

@@ -149,6 +149,13 @@ impl Env for FlatEnv {
         }
         same
     }
+    fn write_pte(&mut self, gpa: u64, value: u64) -> bool {
+        let ram = self.read_pte(gpa, 8).is_some();
+        if ram {
+            self.write_phys(gpa, &value.to_le_bytes());
+        }
+        ram
+    }
     fn bus(&self) -> &dyn Bus {
         &self.bus
     }
@@ -163,7 +170,7 @@ impl Env for FlatEnv {
         static POLICY: OnceLock<CpuidPolicy> = OnceLock::new(); // CPUID is slow under some hypervisors
         POLICY.get_or_init(|| {
             CpuidPolicy::host(&CpuidConfig { cpus: 1, tsc_khz: 2_000_000, apic_hz: 1_000_000_000 })
-                .with_hypervisor_leaves(&[(0x4000_0000, [0x4000_0010, 0, 0, 0])])
+                .with_hypervisor_leaves(&[(0x4000_0000, [0x4000_0010, u32::from_le_bytes(*b"Para"), 0, 0])])
         })
     }
     fn ram_slice(&mut self, gpa: u64, len: usize, _: bool) -> Option<*mut u8> {

@@ -173,10 +173,12 @@ pub fn write<E: Env + ?Sized>(st: &mut CpuState, env: &mut E, msr: u32, value: u
             let delta = value.wrapping_sub(guest_tsc(st, env));
             st.tsc_offset = st.tsc_offset.wrapping_add(delta);
             st.tsc_adjust = st.tsc_adjust.wrapping_add(delta);
+            env.bus().tsc_moved(st.id, st.tsc_offset);
         }
         nr::TSC_ADJUST => {
             st.tsc_offset = st.tsc_offset.wrapping_add(value.wrapping_sub(st.tsc_adjust));
             st.tsc_adjust = value;
+            env.bus().tsc_moved(st.id, st.tsc_offset);
         }
         nr::APIC_BASE | nr::TSC_DEADLINE | nr::X2APIC_FIRST..=nr::X2APIC_LAST => {
             let value =

@@ -45,6 +45,8 @@ pub(crate) mod event {
     pub(crate) const NMI: u32 = 2;
     pub(crate) const INIT: u32 = 4;
     pub(crate) const SIPI: u32 = 8;
+    /// A halted vCPU is to go on.
+    pub(crate) const WAKE: u32 = 16;
 }
 
 #[derive(Default)]

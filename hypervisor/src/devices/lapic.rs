@@ -82,6 +82,8 @@ pub struct Lapic {
     nmi: bool,
     init: bool,
     sipi: Option<u8>,
+    /// The guest was told not to end the interrupt in service; it may have done so without a word.
+    skippable: bool,
 }
 
 fn highest(set: &[u32; 8]) -> Option<u8> {
@@ -124,6 +126,7 @@ impl Lapic {
             nmi: false,
             init: false,
             sipi: None,
+            skippable: false,
         };
         if id == 0 {
             // As firmware leaves it: the 8259A reaches the CPU through LINT0, NMI through LINT1.
@@ -203,6 +206,35 @@ impl Lapic {
         clear(&mut self.irr, v);
         set(&mut self.isr, v);
         Some(v)
+    }
+
+    /// Whether nobody but the guest cares when `v`, just acknowledged, ends: it is edge-triggered, and nothing else is requested or in service.
+    pub fn may_skip_eoi(&self, v: u8) -> bool {
+        let mut only = [0; 8];
+        set(&mut only, v);
+        self.isr == only && self.irr == [0; 8] && !has(&self.tmr, v)
+    }
+
+    /// The guest has been told that the interrupt in service needs no EOI.
+    pub fn skip_eoi(&mut self) {
+        self.skippable = true;
+    }
+
+    /// Whether [`Lapic::settle`] is due.
+    pub fn eoi_skippable(&self) -> bool {
+        self.skippable
+    }
+
+    /// The guest has been told that it must say again when interrupts end; `ended`: the one in service has.
+    pub fn settle(&mut self, ended: bool) {
+        if std::mem::take(&mut self.skippable) && ended {
+            self.isr = [0; 8];
+        }
+    }
+
+    /// Whether a request waits that a settlement might make deliverable.
+    pub fn waits_for_settlement(&self) -> bool {
+        self.skippable && self.enabled() && self.irr != [0; 8]
     }
 
     /// Accepts an interrupt message that is addressed to this APIC.
@@ -401,6 +433,7 @@ impl Lapic {
             nmi: s.nmi,
             init: s.init,
             sipi: s.sipi,
+            skippable: false,
         };
         let gone = u64::from(s.timer_initial.saturating_sub(s.timer_current)) * self.divisor();
         self.started = now_ns.saturating_sub(gone);
@@ -602,6 +635,32 @@ mod tests {
         assert_eq!(a.pending(), None);
         a.set_tpr(0x2f);
         assert_eq!(a.pending(), Some(0x31));
+    }
+
+    #[test]
+    fn an_eoi_is_skipped_only_when_nothing_waits() {
+        let mut a = Lapic::new(0);
+        a.accept(&fixed(0x40, false));
+        a.acknowledge();
+        assert!(a.may_skip_eoi(0x40));
+        a.skip_eoi();
+        a.accept(&fixed(0x30, false));
+        assert!(a.pending().is_none() && a.waits_for_settlement());
+        a.settle(true);
+        assert_eq!(a.acknowledge(), Some(0x30));
+        a.accept(&fixed(0x31, false));
+        assert!(!a.may_skip_eoi(0x30), "another one waits");
+        a.write(EOI, 0, 0);
+        a.acknowledge();
+        a.accept(&fixed(0x50, false));
+        a.acknowledge();
+        assert!(!a.may_skip_eoi(0x50), "another one is in service");
+        a.settle(true);
+        assert_eq!(a.pending(), None, "a settlement without an offer ends nothing");
+        let mut level = Lapic::new(0);
+        level.accept(&fixed(0x40, true));
+        level.acknowledge();
+        assert!(!level.may_skip_eoi(0x40));
     }
 
     #[test]

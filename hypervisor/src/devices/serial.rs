@@ -52,6 +52,23 @@ impl SerialPort {
         }
     }
 
+    /// Puts text out past the UART. A failing output loses it, as [`SerialPort::write`] does.
+    pub fn print(&mut self, text: &[u8]) {
+        let out = self.uart.writer_mut();
+        let _ = out.write_all(text);
+        let _ = out.flush();
+    }
+
+    /// Takes input past the guest's driver: first what is in the receive FIFO. Gives how many bytes there were.
+    pub fn take(&mut self, buffer: &mut [u8]) -> usize {
+        let mut n = 0;
+        while n < buffer.len() && self.read(5) & 1 != 0 {
+            buffer[n] = self.read(0);
+            n += 1;
+        }
+        n
+    }
+
     /// Reads a register, 0 to 7.
     pub fn read(&mut self, register: u8) -> u8 {
         let v = self.uart.read(register);

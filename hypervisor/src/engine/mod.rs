@@ -7,8 +7,10 @@ mod bt;
 
 use crate::devices::control::Kick;
 use crate::memory::GuestRam;
+use crate::pv::{Entry, Offer, PvConfig};
 use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
+use pv_abi::feature::{Feature, Features};
 use std::sync::Arc;
 
 pub use paravane_bt::{Profile, Windows};
@@ -98,6 +100,21 @@ pub fn choose(kind: EngineKind) -> Result<(EngineKind, &'static str), EngineErro
         EngineKind::Auto => Ok((EngineKind::Bt, "binary translation is the only engine of this version")),
         EngineKind::Bt => Ok((EngineKind::Bt, "asked for")),
         EngineKind::Kvm => Err(EngineError::NoKvm),
+    }
+}
+
+/// What the paravirtual interfaces are like on the chosen engine: how a guest calls, and what does not pay there (measured in
+/// docs/decisions/0010-paravirtual-abi.md).
+pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam) -> Option<PvConfig> {
+    match kind {
+        EngineKind::Bt | EngineKind::Auto => Some(PvConfig {
+            offer,
+            entry: Entry::Vmcall,
+            unfit: Features::of(&[Feature::VirtualIf]),
+            kvm: true,
+            ram: mem.clone(),
+        }),
+        EngineKind::Kvm => None,
     }
 }
 

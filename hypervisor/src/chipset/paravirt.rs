@@ -1,0 +1,110 @@
+//! What the paravirtual interfaces need of the chipset, and lazy EOI.
+//!
+//! # Lazy EOI
+//!
+//! An interrupt's end matters to the local APIC only if something waits for it: another request, or the I/O APIC of a level-triggered one. When
+//! an edge-triggered interrupt is delivered and nothing else is requested or in service, the guest is told by a bit in its memory that it
+//! need not say when it has ended. The APIC then believes it in service for as long as nobody looks. Before anything that depends on
+//! it (a delivery, an access to the APIC's registers), [`Chipset::settle_eoi`] takes the bit back: if the guest had cleared it, the
+//! interrupt has ended; if not, the guest will end it with a real EOI.
+//!
+//! The guest clears the bit without a locked instruction, so only the vCPU's own thread may take it back, while no guest code runs. A request that arrives
+//! meanwhile, whatever its priority, makes the vCPU come out and settle.
+
+use super::{Chipset, Interrupts};
+use crate::devices::control::{StopCause, event};
+use crate::devices::ioapic::Message;
+use crate::devices::lock;
+use crate::pv::Pv;
+use std::io::{self, Write};
+
+impl Interrupts {
+    /// Requests a fixed interrupt of one vCPU.
+    pub(super) fn inject(&self, vcpu: u32, vector: u8) {
+        let Some(apic) = self.lapics.get(vcpu as usize) else { return };
+        let m = Message { destination: vcpu, logical: false, delivery: 0, vector, level: false };
+        lock(apic).accept(&m);
+        self.update(vcpu);
+    }
+}
+
+impl Chipset {
+    /// Requests a fixed interrupt of one vCPU, from any thread.
+    pub fn inject(&self, vcpu: u32, vector: u8) {
+        self.irqs.inject(vcpu, vector);
+    }
+
+    /// Whether the vCPU should soon look at its events or stop.
+    pub(crate) fn attention(&self, vcpu: u32) -> bool {
+        self.irqs.control.events(vcpu) != 0 || self.irqs.control.stopping()
+    }
+
+    /// Looks afresh whether an interrupt is deliverable.
+    pub(crate) fn look_again(&self, vcpu: u32) {
+        self.irqs.update(vcpu);
+    }
+
+    /// Gets a vCPU out of its halt, or makes it look at the bus.
+    pub(crate) fn wake(&self, vcpu: u32) {
+        self.irqs.control.raise(vcpu, event::WAKE);
+    }
+
+    /// Writes to the console, which is what COM1 is connected to.
+    pub(crate) fn console_write(&self, text: &[u8]) {
+        lock(&self.serial).print(text);
+    }
+
+    /// Takes what was typed at the console; gives how many bytes there were.
+    pub(crate) fn console_read(&self, buffer: &mut [u8]) -> usize {
+        let n = lock(&self.serial).take(buffer);
+        self.input_room.notify_all();
+        n
+    }
+
+    /// The guest says why it died.
+    pub(crate) fn guest_panicked(&self, text: &[u8]) {
+        let text: String =
+            String::from_utf8_lossy(text).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        // A closed standard error leaves nobody to read it.
+        let _ = writeln!(io::stderr(), "paravane: the guest's last words: {}", text.trim());
+        self.stop(StopCause::GuestPanic);
+    }
+
+    pub(super) fn pv(&self) -> Option<&Pv> {
+        self.pv.as_ref()
+    }
+
+    /// Ends an interrupt whose EOI the guest was told to skip, if it did; on the vCPU's thread.
+    pub(crate) fn settle_eoi(&self, vcpu: u32) {
+        let Some(pv) = self.pv() else { return };
+        let Some(apic) = self.irqs.lapics.get(vcpu as usize) else { return };
+        let mut a = lock(apic);
+        if !a.eoi_skippable() {
+            return;
+        }
+        a.settle(pv.eoi_skipped(vcpu));
+        drop(a);
+        self.irqs.update(vcpu);
+    }
+
+    /// Whether a pending interrupt may be delivered as far as the paravirtual interfaces are concerned. On the vCPU's thread, with the event bit set.
+    pub(super) fn pending_unmasked(&self, vcpu: u32) -> bool {
+        let Some(pv) = self.pv() else { return true };
+        self.settle_eoi(vcpu);
+        self.irqs.control.events(vcpu) & event::APIC != 0 && !pv.masks(vcpu)
+    }
+
+    /// An interrupt of the local APIC was acknowledged.
+    pub(super) fn acknowledged(&self, vcpu: u32, vector: u8) {
+        let Some(pv) = self.pv() else { return };
+        pv.delivered(vcpu);
+        pv.note_stolen(vcpu);
+        if !pv.lazy_eoi(vcpu) {
+            return;
+        }
+        let mut a = lock(&self.irqs.lapics[vcpu as usize]);
+        if a.may_skip_eoi(vector) && pv.skip_eoi(vcpu) {
+            a.skip_eoi();
+        }
+    }
+}
