@@ -1,39 +1,31 @@
-//! Virtio devices. There are none yet; this crate holds the device numbers that guests and hypervisor agree on.
-#![forbid(unsafe_code)]
+//! Virtio devices (virtio 1.2), for any engine and over any transport.
+//!
+//! Three layers, each of which knows only the one below:
+//!
+//! 1. [`transport`]: how a guest finds a device, negotiates, and says where its queues are: PCI ([`transport::pci`]), memory-mapped registers
+//!    ([`transport::mmio`]), or others. What all transports have in common (the status machine, feature negotiation, queue set-up, activation,
+//!    reset) is [`transport::Front`].
+//! 2. [`Device`]: what a device is to a transport. A device hears of its queues when the driver is ready, and serves them on threads of
+//!    its own ([`Worker`]); the vCPU that notifies does no more than ring a [`Doorbell`].
+//! 3. [`Queue`] and [`Chain`]: the rings in guest memory. They check every address, index and length that the guest
+//!    supplies; what is wrong comes out as a [`QueueError`], upon which a device asks for a reset ([`Signal::needs_reset`], virtio
+//!    1.2, section 2.1.1) and stops serving, while the machine and all other devices go on.
+//!
+//! Guest memory is [`paravane_ram::GuestRam`], so translated code learns of what devices write.
 
-/// Device IDs (virtio 1.3, section 5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-pub enum DeviceId {
-    /// Network card.
-    Net = 1,
-    /// Block device.
-    Block = 2,
-    /// Console.
-    Console = 3,
-    /// Entropy source.
-    Entropy = 4,
-    /// Memory balloon.
-    Balloon = 5,
-    /// Socket device.
-    Vsock = 19,
-    /// File system.
-    Fs = 26,
-}
+mod chain;
+mod device;
+pub mod devices;
+mod doorbell;
+mod queue;
+pub mod transport;
+mod worker;
 
-impl DeviceId {
-    /// PCI device ID of the modern device (virtio 1.3, section 4.1.2).
-    pub fn pci(self) -> u16 {
-        0x1040 + self as u16
-    }
-}
+pub use chain::{Chain, Short};
+pub use device::{ActivateError, Activation, Device, DeviceId, Interrupt, Signal, feature, read_config, status};
+pub use doorbell::Doorbell;
+pub use queue::{Queue, QueueError, QueueSetup};
+pub use worker::{Stop, Wake, Worker, poll_fd};
 
 #[cfg(test)]
-mod tests {
-    use super::DeviceId;
-
-    #[test]
-    fn pci_ids() {
-        assert_eq!((DeviceId::Net.pci(), DeviceId::Fs.pci()), (0x1041, 0x105a));
-    }
-}
+mod testkit;
