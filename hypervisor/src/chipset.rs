@@ -632,7 +632,7 @@ impl Bus for Chipset {
 
     fn lapic_save(&self, vcpu: u32) -> Option<LapicState> {
         self.settle_eoi(vcpu);
-        let a = lock(self.irqs.lapics.get(vcpu as usize)?);
+        let mut a = lock(self.irqs.lapics.get(vcpu as usize)?);
         Some(a.save(self.irqs.clock.ns()))
     }
 

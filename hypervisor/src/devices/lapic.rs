@@ -69,6 +69,8 @@ pub struct Lapic {
     isr: [u32; 8],
     tmr: [u32; 8],
     irr: [u32; 8],
+    /// Vectors accepted since the registers were last saved.
+    since_save: [u32; 8],
     esr: u32,
     esr_pending: u32,
     icr: u64,
@@ -115,6 +117,7 @@ impl Lapic {
             isr: [0; 8],
             tmr: [0; 8],
             irr: [0; 8],
+            since_save: [0; 8],
             esr: 0,
             esr_pending: 0,
             icr: 0,
@@ -249,6 +252,7 @@ impl Lapic {
                     return;
                 }
                 set(&mut self.irr, m.vector);
+                set(&mut self.since_save, m.vector);
                 if m.level { set(&mut self.tmr, m.vector) } else { clear(&mut self.tmr, m.vector) }
             }
             4 => self.nmi = true,
@@ -384,7 +388,8 @@ impl Lapic {
     }
 
     /// Everything as data. The count is what it is at `now_ns`.
-    pub fn save(&self, now_ns: u64) -> LapicState {
+    pub fn save(&mut self, now_ns: u64) -> LapicState {
+        self.since_save = [0; 8];
         LapicState {
             id: self.id,
             base: self.base,
@@ -411,7 +416,11 @@ impl Lapic {
 
     /// Takes over what [`Lapic::save`] gave, here or elsewhere. The timer goes on from its count; its deadline is to be set anew. The
     /// state has been checked ([`paravane_cpu::snapshot::VcpuSnapshot::validate`]).
+    ///
+    /// What the machine's devices sent since this APIC was last saved stays pending: they sent it once.
     pub fn load(&mut self, s: &LapicState, now_ns: u64) {
+        let since = std::mem::take(&mut self.since_save);
+        let merge = |loaded: [u32; 8], own: [u32; 8]| std::array::from_fn(|n| loaded[n] | own[n] & since[n]);
         *self = Self {
             id: s.id,
             base: s.base,
@@ -420,8 +429,9 @@ impl Lapic {
             dfr: s.dfr,
             svr: s.svr,
             isr: s.isr,
-            tmr: s.tmr,
-            irr: s.irr,
+            tmr: merge(s.tmr, self.tmr),
+            irr: merge(s.irr, self.irr),
+            since_save: [0; 8],
             esr: s.esr,
             esr_pending: s.esr_pending,
             icr: s.icr,
@@ -724,6 +734,32 @@ mod tests {
         assert!(!a.set_base(BASE | ENABLE | X2), "and off leads to xAPIC first");
         assert!(a.set_base(BASE | ENABLE));
         assert_eq!(a.base(), BASE | ENABLE | BSP);
+    }
+
+    #[test]
+    fn saved_registers_go_on_elsewhere() {
+        let mut a = Lapic::new(0);
+        a.write(LVT_TIMER, 0x20040, 0);
+        a.write(TIMER_DIVIDE, 0b1011, 0);
+        a.write(TIMER_INITIAL, 1000, 5000);
+        a.accept(&fixed(0x31, true));
+        a.accept(&fixed(0x52, false));
+        a.acknowledge();
+        let state = a.save(5400);
+        assert_eq!((state.timer_current, state.irr[1], state.tmr[1], state.isr[2]), (600, 1 << 17, 1 << 17, 1 << 18));
+        let mut b = Lapic::new(0);
+        b.load(&state, 9_000_400);
+        assert_eq!(b.deadline(9_000_400), Some(Deadline::Ns(9_001_000)), "600 ns are left");
+        assert_eq!(b.save(9_000_400), state);
+        b.write(EOI, 0, 0);
+        assert_eq!(b.acknowledge(), Some(0x31));
+        // A device's interrupt between save and load is not lost; what was acknowledged meanwhile is.
+        let state = a.save(5400);
+        a.accept(&fixed(0x77, false));
+        a.write(EOI, 0, 0);
+        a.load(&state, 5500);
+        assert_eq!(a.acknowledge(), Some(0x77));
+        assert_eq!(a.pending(), None, "0x31 waits for 0x52");
     }
 
     #[test]
