@@ -2,18 +2,19 @@
 //!
 //! Everything lies from 0xe0000 up, where a guest without EFI looks for the RSDP; SMBIOS follows at 0xf0000.
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
+    ResourceTemplate,
 };
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::chipset::PVPANIC;
+use crate::chipset::{self, MmioSlot, PVPANIC};
 use crate::devices::acpi_pm::{PM_TMR, PM1A_CNT, PM1A_EVT, SLP_TYP_S5};
 use crate::devices::{ioapic, lapic};
-use crate::memory::GuestRam;
+use crate::memory::{self, GuestRam, PCI_MMIO32};
 
 /// Guest-physical address of the RSDP.
 pub const RSDP: u64 = 0xe_0000;
@@ -31,11 +32,11 @@ const RESET_VALUE: u8 = 6;
 #[error("the ACPI tables do not fit into guest memory; give the guest at least 2 MiB with --memory")]
 pub struct AcpiError;
 
-/// Writes all tables for a machine of `cpus` vCPUs; gives the RSDP's address.
+/// Writes all tables for a machine of `cpus` vCPUs and these memory-mapped devices; gives the RSDP's address.
 ///
 /// # Errors
 /// When guest memory ends below 1 MiB.
-pub fn write(mem: &GuestRam, cpus: u32) -> Result<u64, AcpiError> {
+pub fn write(mem: &GuestRam, cpus: u32, mmio: &[MmioSlot]) -> Result<u64, AcpiError> {
     let mut at = TABLES;
     let mut place = |bytes: &[u8]| {
         let here = at;
@@ -46,7 +47,7 @@ pub fn write(mem: &GuestRam, cpus: u32) -> Result<u64, AcpiError> {
         mem.write_slice(bytes, GuestAddress(here)).map_err(|_| AcpiError)?;
         Ok(here)
     };
-    let dsdt = place(sdt(dsdt()).as_slice())?;
+    let dsdt = place(sdt(dsdt(high_window(mem), mmio)).as_slice())?;
     let facs = place(&facs())?;
     let fadt = place(fadt(dsdt, facs).as_slice())?;
     let madt = place(madt(cpus).as_slice())?;
@@ -66,8 +67,55 @@ fn sdt(aml: Vec<u8>) -> Sdt {
     t
 }
 
+/// Bytes of the window for PCI BARs above all RAM.
+const HIGH_WINDOW: u64 = 64 << 30;
+
+/// The window for PCI BARs above all RAM: first and last address.
+fn high_window(mem: &GuestRam) -> (u64, u64) {
+    let ram_end = memory::ranges(mem).iter().map(|(start, len)| start + len).max().unwrap_or(0);
+    let start = ram_end.max(memory::HIGH_RAM_START).next_multiple_of(1 << 30);
+    (start, start + HIGH_WINDOW - 1)
+}
+
+/// The interrupts of all PCI slots: INTA# of each on its I/O APIC pin (ACPI 6.4, section 6.2.13).
+fn interrupt_routes(out: &mut dyn AmlSink) {
+    let rows: Vec<_> = (1..32u32).map(|slot| (slot << 16 | 0xffff, chipset::pin(slot as usize) as u32)).collect();
+    let zero = 0u8;
+    let packages: Vec<_> = rows.iter().map(|(slot, pin)| Package::new(vec![slot, &zero, &zero, pin])).collect();
+    let all = Package::new(packages.iter().map(|p| p as &dyn Aml).collect());
+    Name::new("_PRT".into(), &all).to_aml_bytes(out);
+}
+
+/// Aml made by a function.
+struct With(fn(&mut dyn AmlSink));
+
+impl Aml for With {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        (self.0)(sink);
+    }
+}
+
+/// Memory-mapped virtio devices, as Linux's virtio_mmio driver knows them.
+fn virtio_mmio(slots: &[MmioSlot], out: &mut Vec<u8>) {
+    for (n, slot) in slots.iter().enumerate() {
+        let registers = Memory32Fixed::new(true, slot.base as u32, 0x1000);
+        let irq = Interrupt::new(true, false, false, true, slot.gsi);
+        let (hid, uid) = ("LNRO0005", n as u32);
+        let path = format!("_SB_.V{n:03X}");
+        Device::new(
+            path.as_str().into(),
+            vec![
+                &Name::new("_HID".into(), &hid),
+                &Name::new("_UID".into(), &uid),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&registers, &irq])),
+            ],
+        )
+        .to_aml_bytes(out);
+    }
+}
+
 /// The devices that a guest cannot find by itself.
-fn dsdt() -> Vec<u8> {
+fn dsdt(high: (u64, u64), mmio: &[MmioSlot]) -> Vec<u8> {
     let mut out = Vec::new();
     let zero = 0u8;
     let s5 = SLP_TYP_S5;
@@ -75,21 +123,23 @@ fn dsdt() -> Vec<u8> {
 
     let buses = AddressSpace::new_bus_number(0u16, 255);
     let config = IO::new(0xcf8, 0xcf8, 1, 8);
-    let (low, high) = (AddressSpace::new_io(0u16, 0xcf7, None), AddressSpace::new_io(0xd00u16, 0xffff, None));
-    let window = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, 0xc000_0000u32, 0xfebf_ffff, None);
-    let crs = ResourceTemplate::new(vec![&buses, &config, &low, &high, &window]);
+    let (low_io, high_io) = (AddressSpace::new_io(0u16, 0xcf7, None), AddressSpace::new_io(0xd00u16, 0xffff, None));
+    let (start, end) = (PCI_MMIO32.0 as u32, PCI_MMIO32.1 as u32 - 1);
+    let window = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, start, end, None);
+    let window64 = AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, high.0, high.1, None);
+    let crs = ResourceTemplate::new(vec![&buses, &config, &low_io, &high_io, &window, &window64]);
     let (hid, uid) = (EISAName::new("PNP0A03"), 0u8);
-    let prt = Package::new(Vec::new());
     Device::new(
         "_SB_.PCI0".into(),
         vec![
             &Name::new("_HID".into(), &hid),
             &Name::new("_UID".into(), &uid),
             &Name::new("_CRS".into(), &crs),
-            &Name::new("_PRT".into(), &prt),
+            &With(interrupt_routes),
         ],
     )
     .to_aml_bytes(&mut out);
+    virtio_mmio(mmio, &mut out);
 
     // Ports that belong to no other device here, so that nobody gives them to a PCI card: PM block, debug exit.
     let pm_io = IO::new(PM1A_EVT, PM1A_EVT, 1, 0x10);
@@ -217,7 +267,7 @@ mod tests {
     #[test]
     fn every_table_is_reachable_and_sums_to_zero() {
         let mem = memory::create(4 << 20).unwrap();
-        let rsdp = write(&mem, 3).unwrap();
+        let rsdp = write(&mem, 3, &[MmioSlot { base: 0xf000_0000, gsi: 16 }]).unwrap();
         let get = |at: u64, n: usize| {
             let mut b = vec![0; n];
             mem.read_slice(&mut b, GuestAddress(at)).unwrap();

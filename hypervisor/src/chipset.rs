@@ -28,9 +28,14 @@ use crate::pv::{self, Pv, PvConfig};
 use crate::timer::{Clock, Timer, Timers};
 
 mod paravirt;
+mod peripherals;
+
+pub use peripherals::{MmioSlot, pin};
 
 /// I/O port of the pvpanic device (QEMU's pvpanic specification).
 pub const PVPANIC: u16 = 0x505;
+/// End of the addresses of interrupt controllers, which no BAR hides.
+const APIC_END: u64 = 0xfeef_ffff;
 /// ISA interrupt of COM1.
 const COM1_IRQ: u8 = 4;
 
@@ -60,6 +65,8 @@ struct Interrupts {
 struct Wired {
     pic: Pic,
     ioapic: IoApic,
+    /// Who of the devices that share an I/O APIC pin asks for service.
+    shared: [u64; PINS],
 }
 
 impl Interrupts {
@@ -212,6 +219,7 @@ pub struct Chipset {
     irqs: Arc<Interrupts>,
     legacy: Mutex<Legacy>,
     serial: Mutex<SerialPort>,
+    peripherals: peripherals::Peripherals,
     input_room: Condvar,
     debug_exit: bool,
     pv: Option<Pv>,
@@ -232,7 +240,7 @@ impl Chipset {
         pic.mask_all();
         let irqs = Arc::new(Interrupts {
             control: Control::new(cfg.cpus),
-            wired: Mutex::new(Wired { pic, ioapic: IoApic::default() }),
+            wired: Mutex::new(Wired { pic, ioapic: IoApic::default(), shared: [0; PINS] }),
             lapics: (0..cfg.cpus).map(|n| Mutex::new(Lapic::new(n))).collect(),
             intr: AtomicBool::new(false),
             lapic_timers: OnceLock::new(),
@@ -274,6 +282,7 @@ impl Chipset {
                 irqs,
                 legacy: Mutex::new(legacy),
                 serial: Mutex::new(SerialPort::new(cfg.serial, trigger)),
+                peripherals: peripherals::Peripherals::default(),
                 input_room: Condvar::new(),
                 debug_exit: cfg.debug_exit,
                 pv,
@@ -513,7 +522,12 @@ impl Bus for Chipset {
                 self.stop(StopCause::DebugExit((v << 1 | 1) as u8));
             }
             0xcf9 => self.write_port(port, data[0]),
-            0xcf8..=0xcff => lock(&self.legacy).pci.write(port, data),
+            0xcf8..=0xcff => {
+                lock(&self.legacy).pci.write(port, data);
+                if port >= 0xcfc {
+                    self.follow_bars();
+                }
+            }
             _ => {
                 for (n, &d) in data.iter().enumerate() {
                     self.write_port(port.wrapping_add(n as u16), d);
@@ -525,6 +539,9 @@ impl Bus for Chipset {
 
     fn mmio_read(&self, vcpu: u32, gpa: u64, data: &mut [u8]) {
         data.fill(0xff);
+        if !(ioapic::BASE..=APIC_END).contains(&gpa) && self.peripherals.map.read(gpa, data) {
+            return;
+        }
         let value = if let Some(offset) = self.lapic_offset(vcpu, gpa) {
             self.settle_eoi(vcpu);
             let now = self.irqs.clock.ns();
@@ -541,6 +558,9 @@ impl Bus for Chipset {
     }
 
     fn mmio_write(&self, vcpu: u32, gpa: u64, data: &[u8]) -> BusOutcome {
+        if !(ioapic::BASE..=APIC_END).contains(&gpa) && self.peripherals.map.write(gpa, data) {
+            return BusOutcome::Done;
+        }
         let Some(v) = data.get(..4).and_then(|d| d.try_into().ok()).map(u32::from_le_bytes) else {
             // Narrow stores to the APICs are undefined; they are dropped.
             return BusOutcome::Done;

@@ -2,7 +2,12 @@
 
 use crate::engine::{EngineKind, Windows};
 use crate::pv::Offer;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+pub mod devices;
+pub mod options;
+
+use devices::{DevicesConfig, FileConfig};
 
 /// Least guest memory: below it no kernel has room for its boot data.
 pub const MIN_MEMORY: u64 = 4 << 20;
@@ -59,6 +64,8 @@ pub struct VmConfig {
     pub pv: Offer,
     /// COM1.
     pub serial: SerialConfig,
+    /// Virtio devices.
+    pub devices: DevicesConfig,
     /// QEMU-compatible debug exit at port 0xf4.
     pub debug_exit: bool,
     /// Print counters at the end.
@@ -95,6 +102,15 @@ pub enum ConfigError {
     /// A fate of the names for perf that does not exist.
     #[error("\"{0}\" says nothing about the names for perf; use remove or keep")]
     PerfMap(String),
+    /// A device option that makes no sense: option, value, and what is wrong with it.
+    #[error("{0} {1}: {2}")]
+    Option(&'static str, String, String),
+    /// A configuration file that makes no sense.
+    #[error("the configuration file \"{0}\", {1}")]
+    File(String, String),
+    /// Neither the command line nor a file names a kernel.
+    #[error("there is no kernel to start; name one with --kernel")]
+    NoKernel,
     /// A serial target that does not exist.
     #[error("\"{0}\" is no place for the serial port; use stdio, null or file=PATH")]
     Serial(String),
@@ -114,6 +130,18 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// Reads a configuration file.
+///
+/// # Errors
+/// When it cannot be read or something in it makes no sense.
+pub fn read_file(path: &Path) -> Result<FileConfig, ConfigError> {
+    let name = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        ConfigError::File(name.clone(), format!("which cannot be read ({e}): check the path and its permissions"))
+    })?;
+    FileConfig::parse(&name, &text).map_err(|why| ConfigError::File(name, why))
 }
 
 /// Reads a size: a number with an optional K, M or G (powers of 1024), a whole number of MiB.

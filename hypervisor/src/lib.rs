@@ -11,6 +11,7 @@ pub mod engine;
 pub mod loader;
 pub mod memory;
 pub mod output;
+pub mod peripherals;
 pub mod profile;
 pub mod pv;
 pub mod running;

@@ -1,7 +1,10 @@
 //! The command line: parse, then call in.
 
 use clap::{Args, Parser, Subcommand};
-use paravane::config::{self, PerfMap, ReportTo, SerialConfig, VmConfig};
+use paravane::config::devices::{
+    BalloonConfig, ConsoleConfig, DevicesConfig, DiskConfig, FsConfig, NetConfig, RngConfig, VsockConfig,
+};
+use paravane::config::{self, ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig, options};
 use paravane::engine::{EngineKind, Windows};
 use paravane::pv::Offer;
 use paravane::vm;
@@ -45,31 +48,66 @@ Example:
 struct Run {
     /// Kernel: a Linux bzImage, an ELF with a PVH note, or a multiboot1 image
     #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    kernel: Option<PathBuf>,
+    /// A file that says what the command line could say, in TOML or (*.json) JSON; what is given here goes before it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
     /// Kernel command line; "console=ttyS0" makes Linux talk to the serial port, "panic=-1" ends the run when it panics
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1")]
-    cmdline: String,
-    /// Guest memory, with K, M or G
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = config::parse_size)]
-    memory: u64,
-    /// Number of vCPUs
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
-    /// Engine: auto, bt (binary translation) or kvm
-    #[arg(long, default_value = "auto", value_parser = config::parse_engine)]
-    engine: EngineKind,
+    /// [default: "console=ttyS0 panic=-1"]
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// Guest memory, with K, M or G [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
+    memory: Option<u64>,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Engine: auto, bt (binary translation) or kvm [default: auto]
+    #[arg(long, value_parser = config::parse_engine)]
+    engine: Option<EngineKind>,
     /// Host mappings for guest processes under binary translation: off, auto (those that compute) or always
     #[arg(long, default_value = "auto", value_parser = config::parse_windows)]
     windows: Windows,
     /// Paravirtual interfaces for guests that know them: off, auto (what pays on the engine) or all
     #[arg(long, default_value = "auto", value_parser = config::parse_pv)]
     pv: Offer,
-    /// Where the serial port goes: stdio, null or file=PATH
-    #[arg(long, default_value = "stdio", value_parser = config::parse_serial)]
-    serial: SerialConfig,
+    /// Where the serial port goes: stdio, null or file=PATH [default: stdio]
+    #[arg(long, value_parser = config::parse_serial)]
+    serial: Option<SerialConfig>,
+    /// A disk: path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,queues=N][,direct=on][,transport=pci|mmio]; repeatable
+    #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<DiskConfig>("--disk", None, s))]
+    disk: Vec<DiskConfig>,
+    /// A network card: user[,hostfwd=tcp:ADDRESS:PORT-:PORT] or tap=NAME or passt=SOCKET[,mac=MAC][,queues=N]; repeatable
+    #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<NetConfig>("--net", Some("mode"), s))]
+    net: Vec<NetConfig>,
+    /// Random numbers for the guest [src=FILE]
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = |s: &str| options::parse::<RngConfig>("--rng", None, s)
+    )]
+    rng: Option<RngConfig>,
+    /// Memory balloon: size=SIZE[,deflate_on_oom=off][,free_page_reporting=off]
+    #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<BalloonConfig>("--balloon", None, s))]
+    balloon: Option<BalloonConfig>,
+    /// Sockets between host and guest: cid=N,socket=PATH
+    #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<VsockConfig>("--vsock", None, s))]
+    vsock: Option<VsockConfig>,
+    /// A shared folder: tag=NAME,path=FOLDER[,readonly=on]; repeatable
+    #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<FsConfig>("--fs", None, s))]
+    fs: Vec<FsConfig>,
+    /// A virtio console (hvc0): stdio, null or file=PATH
+    #[arg(
+        long,
+        value_name = "OPTIONS",
+        value_parser = |s: &str| options::parse::<ConsoleConfig>("--console", Some("mode"), s)
+    )]
+    console: Option<ConsoleConfig>,
     /// Let the guest end the run with a status through port 0xf4
     #[arg(long)]
     debug_exit: bool,
@@ -96,21 +134,12 @@ struct Run {
 
 fn main() -> ExitCode {
     let Command::Run(r) = Cli::parse().command;
-    let cfg = VmConfig {
-        kernel: r.kernel,
-        initrd: r.initrd,
-        cmdline: r.cmdline,
-        memory: r.memory,
-        cpus: r.cpus,
-        engine: r.engine,
-        windows: r.windows,
-        pv: r.pv,
-        serial: r.serial,
-        debug_exit: r.debug_exit,
-        stats: r.stats,
-        profile: r.profile.map(|p| if p == Path::new("-") { ReportTo::Stderr } else { ReportTo::File(p) }),
-        profile_symbols: r.profile_symbols,
-        perf_map: r.perf_map,
+    let cfg = match config(r) {
+        Ok(cfg) => cfg,
+        Err(e) => {
+            say(&e);
+            return ExitCode::from(2);
+        }
     };
     match vm::run(&cfg) {
         Ok(outcome) => {
@@ -124,6 +153,40 @@ fn main() -> ExitCode {
             ExitCode::from(if e.is_usage() { 2 } else { 3 })
         }
     }
+}
+
+/// What the command line and the configuration file say together.
+fn config(r: Run) -> Result<VmConfig, ConfigError> {
+    let file = r.config.as_deref().map(config::read_file).transpose()?.unwrap_or_default();
+    let over = DevicesConfig {
+        disk: r.disk,
+        net: r.net,
+        rng: r.rng,
+        balloon: r.balloon,
+        vsock: r.vsock,
+        fs: r.fs,
+        console: r.console,
+    };
+    let devices = file.devices().merge(over);
+    let engine = file.engine.as_deref().map(config::parse_engine).transpose()?;
+    let serial = file.serial.as_deref().map(config::parse_serial).transpose()?;
+    Ok(VmConfig {
+        kernel: r.kernel.or(file.kernel).ok_or(ConfigError::NoKernel)?,
+        initrd: r.initrd.or(file.initrd),
+        cmdline: r.cmdline.or(file.cmdline).unwrap_or_else(|| "console=ttyS0 panic=-1".into()),
+        memory: r.memory.or(file.memory).unwrap_or(512 << 20),
+        cpus: r.cpus.or(file.cpus).unwrap_or(1),
+        engine: r.engine.or(engine).unwrap_or(EngineKind::Auto),
+        windows: r.windows,
+        pv: r.pv,
+        serial: r.serial.or(serial).unwrap_or(SerialConfig::Stdio),
+        devices,
+        debug_exit: r.debug_exit,
+        stats: r.stats,
+        profile: r.profile.map(|p| if p == Path::new("-") { ReportTo::Stderr } else { ReportTo::File(p) }),
+        profile_symbols: r.profile_symbols,
+        perf_map: r.perf_map,
+    })
 }
 
 /// Tells the user; a closed standard error leaves nobody to hear it.

@@ -33,6 +33,9 @@ pub const HIGH_RAM_START: u64 = 4 << 30;
 /// Window for PCI BARs below 4 GiB (start, end exclusive), the part of the hole under the interrupt controllers.
 pub const PCI_MMIO32: (u64, u64) = (0xc000_0000, 0xe000_0000);
 
+/// Registers of memory-mapped virtio devices (start, end exclusive).
+pub const VIRTIO_MMIO: (u64, u64) = (0xf000_0000, 0xf010_0000);
+
 /// 256 MiB set aside for memory-mapped PCI configuration space (no MCFG table describes it yet).
 pub const PCI_ECAM: (u64, u64) = (0xe000_0000, 0xf000_0000);
 

@@ -15,6 +15,7 @@ use crate::devices::lapic;
 use crate::engine::{self, EngineError, MachineInfo, Profile, Vcpu};
 use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
+use crate::peripherals::{self, PeripheralError};
 use crate::profile::{self, Symbols};
 use crate::terminal::{Event, Terminal};
 use crate::{acpi, memory, running, smbios, terminal, tsc};
@@ -85,6 +86,9 @@ pub enum VmError {
     /// No room for tables.
     #[error(transparent)]
     Smbios(#[from] smbios::SmbiosError),
+    /// A device cannot be had.
+    #[error(transparent)]
+    Peripheral(#[from] PeripheralError),
     /// The engine cannot work here.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -171,7 +175,8 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         hypervisor_leaves: chipset.hypervisor_leaves(0, tsc_khz, lapic::BUS_HZ),
     };
     let mut vcpu = engine::make(kind, 0, mem.clone(), chipset.clone(), &info)?;
-    let rsdp = acpi::write(&mem, cfg.cpus)?;
+    let placed = peripherals::add(&cfg.devices, &mem, &chipset)?;
+    let rsdp = acpi::write(&mem, cfg.cpus, &placed.mmio)?;
     smbios::write(&mem)?;
     let boot = Boot { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cfg.cmdline, rsdp };
     let format = loader::load(&mem, &boot, vcpu.state_mut())?;
@@ -207,6 +212,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let ran_for = began.elapsed();
     // Whatever happened to the vCPU, nobody is to wait for it from here on. The first cause counts.
     chipset.stop(StopCause::Host);
+    chipset.shut_down_devices();
     // Signals are still seen while the last output is on its way.
     if let Some(output) = output {
         output.finish();

@@ -9,6 +9,7 @@
 //! | [`rtc`] | MC146818 clock and CMOS RAM | ports 0x70, 0x71 |
 //! | [`acpi_pm`] | PM timer, power-off | ports 0x600-0x60b |
 //! | [`pci`] | configuration space, host bridge | ports 0xcf8-0xcff |
+//! | [`mmio`] | windows of other devices | 0xc0000000.. |
 //! | [`serial`] | 16550 | ports 0x3f8-0x3ff |
 //!
 //! A device is plain state with methods for its registers; it knows neither the bus nor threads. [`crate::chipset`] wires
@@ -20,6 +21,7 @@ pub mod acpi_pm;
 pub mod control;
 pub mod ioapic;
 pub mod lapic;
+pub mod mmio;
 pub mod pci;
 pub mod pic;
 pub mod pit;

@@ -478,7 +478,7 @@ impl PciTransport {
         put(cap::NOTIFY + 16, &NOTIFY_MULTIPLIER.to_le_bytes());
         put(cap::WINDOW, &structure(5, cap::MSIX, 20, c.window_offset, c.window_length));
         put(cap::WINDOW + 4, &[c.window_bar]);
-        let control = self.vectors - 1 | u16::from(m.function_mask) << 14 | u16::from(m.enabled) << 15;
+        let control = (self.vectors - 1) | u16::from(m.function_mask) << 14 | u16::from(m.enabled) << 15;
         put(cap::MSIX, &[0x11, 0]);
         put(cap::MSIX + 2, &control.to_le_bytes());
         put(cap::MSIX + 4, &(MSIX_TABLE as u32).to_le_bytes());
