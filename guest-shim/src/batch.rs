@@ -223,7 +223,7 @@ mod tests {
             |from, count| {
                 assert_eq!(from + count, N, "all that remain are offered");
                 let answer = answer(from, count);
-                let done = answer.map_or_else(|p| p.done, |d| d) as usize;
+                let done = answer.unwrap_or_else(|p| p.done) as usize;
                 for slot in made.borrow_mut().iter_mut().skip(from).take(done.min(count)) {
                     assert_eq!(slot.replace(false), None, "made twice");
                 }

@@ -100,10 +100,10 @@ impl FlushRequests {
 impl Vcpu<'_> {
     /// Raises `vector` (32 to 255) on other CPUs. Gives how many were addressed.
     pub fn send_ipi(&self, to: Vcpus, vector: u8) -> u64 {
-        if let Some(calls) = self.shim.calls_for(Feature::Ipi) {
-            if let Ok(addressed) = calls.send_ipi(to, vector) {
-                return addressed;
-            }
+        if let Some(calls) = self.shim.calls_for(Feature::Ipi)
+            && let Ok(addressed) = calls.send_ipi(to, vector)
+        {
+            return addressed;
         }
         let mut addressed = 0;
         for cpu in to.iter() {
@@ -140,10 +140,10 @@ impl Vcpu<'_> {
 
     /// Ends another CPU's [`Vcpu::halt`]. `vector` is one whose handler does nothing but end the interrupt; the ABI needs none.
     pub fn kick(&self, cpu: u32, vector: u8) {
-        if let Some(calls) = self.shim.calls_for(Feature::Schedule) {
-            if calls.kick(cpu).is_ok() {
-                return;
-            }
+        if let Some(calls) = self.shim.calls_for(Feature::Schedule)
+            && calls.kick(cpu).is_ok()
+        {
+            return;
         }
         self.send_ipi(Vcpus::one(cpu), vector);
     }

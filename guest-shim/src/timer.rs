@@ -20,10 +20,10 @@ impl Vcpu<'_> {
     pub fn set_timer(&self, deadline: Option<u64>, vector: u8) {
         // A deadline of 0 would disarm.
         let ns = deadline.map_or(0, |d| d.max(1));
-        if let Some(calls) = self.shim.calls_for(Feature::Timer) {
-            if calls.set_timer(ns, vector).is_ok() {
-                return;
-            }
+        if let Some(calls) = self.shim.calls_for(Feature::Timer)
+            && calls.set_timer(ns, vector).is_ok()
+        {
+            return;
         }
         if has_tsc_deadline() {
             self.set_tsc_deadline(deadline, vector);
