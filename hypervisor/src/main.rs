@@ -35,6 +35,7 @@ Exit status:
   0    the guest powered off, or you stopped it with Ctrl-A x
   2    something about the command line, the kernel or the initrd is wrong
   3    the host lacks something or failed
+  4    the host's KVM cannot go on with the guest, at an instruction that it cannot emulate for example; try --engine bt
   10   the guest reported a panic (through the pvpanic device)
   11   the guest crashed by a triple fault
   12   the guest asked for a reset, which Linux also does after a panic with panic=-1 on its command line
@@ -150,7 +151,7 @@ fn main() -> ExitCode {
         }
         Err(e) => {
             say(&e);
-            ExitCode::from(if e.is_usage() { 2 } else { 3 })
+            ExitCode::from(e.status())
         }
     }
 }

@@ -12,7 +12,8 @@ use crate::chipset::{Chipset, ChipsetConfig};
 use crate::config::{ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig};
 use crate::devices::control::StopCause;
 use crate::devices::lapic;
-use crate::engine::{self, EngineError, MachineInfo, Profile, Vcpu};
+use crate::engine::kvm::{self, KvmError};
+use crate::engine::{self, EngineError, EngineKind, MachineInfo, Profile, Vcpu};
 use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
 use crate::peripherals::{self, PeripheralError};
@@ -102,8 +103,21 @@ impl VmError {
     pub fn is_usage(&self) -> bool {
         !matches!(
             self,
-            Self::Memory(_) | Self::Engine(EngineError::Bt(_)) | Self::Host(_) | Self::Output(_) | Self::Defect
+            Self::Memory(_)
+                | Self::Engine(EngineError::Bt(_) | EngineError::Kvm(_))
+                | Self::Host(_)
+                | Self::Output(_)
+                | Self::Defect
         )
+    }
+
+    /// The process's exit status; see the command line's help.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::Engine(EngineError::Kvm(KvmError::GaveUp(_))) => 4,
+            e if e.is_usage() => 2,
+            _ => 3,
+        }
     }
 }
 
@@ -149,6 +163,9 @@ impl Outcome {
 pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     cfg.validate()?;
     let (kind, reason) = engine::choose(cfg.engine)?;
+    if kind == EngineKind::Kvm && kvm::emulates_ring0() {
+        warn("this host's KVM only emulates ring 0, so a kernel runs slowly and may fail; --engine bt is faster here");
+    }
     let kernel = read("kernel", &cfg.kernel)?;
     let initrd = cfg.initrd.as_deref().map(|p| read("initrd", p)).transpose()?;
     if let (Some(i), Some(p)) = (&initrd, &cfg.initrd)
@@ -220,7 +237,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     drop(terminal);
     let ran = ran.map_err(|_| VmError::Defect)?;
     if cfg.stats {
-        print_stats(format, reason, ran_for, &ran.counters);
+        print_stats(format, (kind, reason), ran_for, &ran.counters);
     }
     if let (Some(to), Some(profile)) = (profiling, &ran.profile) {
         to.report(profile)?;
@@ -359,9 +376,15 @@ fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, VmError> {
     Ok(bytes)
 }
 
+/// Tells the user something to mind; a closed standard error leaves nobody to hear it.
+fn warn(text: &str) {
+    let _ = writeln!(io::stderr(), "paravane: warning: {text}");
+}
+
 /// Counters go to standard error; a closed one leaves nobody to read them.
-fn print_stats(format: &str, reason: &str, ran_for: Duration, counters: &Counters) {
-    let mut text = format!("kernel format: {format}\nengine: binary translation ({reason})\n");
+fn print_stats(format: &str, (engine, reason): (EngineKind, &str), ran_for: Duration, counters: &Counters) {
+    let engine = if engine == EngineKind::Kvm { "KVM" } else { "binary translation" };
+    let mut text = format!("kernel format: {format}\nengine: {engine} ({reason})\n");
     text += &format!("{:<44} {:>14}\n", "wall time (ms)", ran_for.as_millis());
     for (name, value) in counters {
         text += &format!("{name:<44} {value:>14}\n");

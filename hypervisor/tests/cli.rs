@@ -58,13 +58,6 @@ fn bad_options_are_refused() {
 }
 
 #[test]
-fn kvm_is_not_there_and_the_message_says_what_is() {
-    let files = Scratch::new();
-    let kernel = files.file("kernel", &pvh(POWER_OFF));
-    refused(&finish(run(&kernel).args(["--engine", "kvm"])), &["KVM", "--engine bt"]);
-}
-
-#[test]
 fn unusable_kernels_are_refused() {
     let files = Scratch::new();
     refused(&finish(&mut run(&files.path("missing"))), &["kernel", "missing"]);

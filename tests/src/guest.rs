@@ -12,8 +12,12 @@ use std::time::Duration;
 pub enum Engine {
     /// Paravane's binary translation.
     Bt,
+    /// Paravane on this host's KVM.
+    Kvm,
     /// QEMU's TCG, as an independent opinion.
     QemuTcg,
+    /// QEMU on this host's KVM: what fails there too is KVM's doing and not ours.
+    QemuKvm,
 }
 
 impl Engine {
@@ -22,12 +26,28 @@ impl Engine {
         match self {
             Self::Bt => "paravane-bt",
             Self::QemuTcg => "qemu-tcg",
+            Self::Kvm | Self::QemuKvm if host::kvm_emulates() => "emulating-kvm",
+            Self::Kvm | Self::QemuKvm => "kvm",
+        }
+    }
+
+    /// Why it cannot run here; `None` when it can.
+    pub fn missing(self) -> Option<String> {
+        let qemu = matches!(self, Self::QemuTcg | Self::QemuKvm) && !host::has_tool("qemu-system-x86_64");
+        let kvm = matches!(self, Self::Kvm | Self::QemuKvm);
+        match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+            _ if qemu => Some("qemu-system-x86_64 is missing; install qemu-system-x86".into()),
+            Err(e) if kvm => Some(format!("/dev/kvm cannot be opened ({e})")),
+            _ => None,
         }
     }
 }
 
 /// A run takes a second or two; this is for a hang.
 const LIMIT: Duration = Duration::from_secs(60);
+
+/// For a run that need not end.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The guest's ELF file, built once per test process.
 ///
@@ -65,30 +85,51 @@ fn build(folder: &str, binary: &str) -> PathBuf {
     target.join("x86_64-unknown-linux-gnu/release").join(binary)
 }
 
-/// Runs the system guest; its exit status and output.
-pub fn run(engine: Engine) -> (Option<i32>, String) {
-    run_elf(engine, elf(), "", &[])
+/// Runs the system guest without the cases in `skip`; its exit status and output.
+///
+/// # Panics
+/// It does not end.
+pub fn run(engine: Engine, skip: &[&str]) -> (Option<i32>, String) {
+    run_elf(engine, elf(), &without(skip), &[])
+}
+
+/// Runs the system guest without the cases in `skip` for a few seconds; its output. An engine may stand still at a case that it cannot do.
+pub fn try_run(engine: Engine, skip: &[&str]) -> String {
+    process::run_within(&mut command(engine, elf(), &without(skip), &[]), PATIENCE).1
+}
+
+fn without(skip: &[&str]) -> String {
+    format!("skip={}", skip.join(","))
 }
 
 /// Runs a bare-metal guest with a command line and further options for Paravane; its exit status and output.
+///
+/// # Panics
+/// It does not end.
 pub fn run_elf(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> (Option<i32>, String) {
-    let mut command = match engine {
-        Engine::Bt => {
+    let (status, text) = process::run(&mut command(engine, elf, cmdline, options), LIMIT);
+    (status.code(), text)
+}
+
+fn command(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> Command {
+    match engine {
+        Engine::Bt | Engine::Kvm => {
             let mut c = Command::new(host::program());
-            c.args(["run", "--engine", "bt", "--memory", "64M", "--debug-exit", "--serial", "stdio"]);
+            c.args(["run", "--engine", if engine == Engine::Bt { "bt" } else { "kvm" }]);
+            c.args(["--memory", "64M", "--debug-exit", "--serial", "stdio"]);
             c.args(options).args(["--cmdline", cmdline]).arg("--kernel").arg(elf);
             c
         }
-        Engine::QemuTcg => {
+        Engine::QemuTcg | Engine::QemuKvm => {
             let mut c = Command::new("qemu-system-x86_64");
-            c.args(["-accel", "tcg", "-cpu", "max", "-m", "64", "-display", "none", "-no-reboot", "-serial", "stdio"])
-                .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4", "-append", cmdline, "-kernel"])
+            let how = if engine == Engine::QemuTcg { ["tcg", "max"] } else { ["kvm", "host"] };
+            c.args(["-accel", how[0], "-cpu", how[1], "-m", "64", "-display", "none", "-no-reboot"])
+                .args(["-serial", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"])
+                .args(["-append", cmdline, "-kernel"])
                 .arg(elf);
             c
         }
-    };
-    let (status, text) = process::run(&mut command, LIMIT);
-    (status.code(), text)
+    }
 }
 
 /// The cases of a TAP listing: name, and the failure's details.
@@ -107,15 +148,25 @@ pub fn cases(tap: &str) -> BTreeMap<String, Result<(), String>> {
         .collect()
 }
 
-/// Cases that an engine is known to fail, from `known-failures.toml`.
-pub fn known_failures(engine: Engine) -> Vec<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("known-failures.toml");
-    let text = std::fs::read_to_string(&path).expect("tests/known-failures.toml can be read");
-    parse_known(&text).into_iter().filter(|(e, _)| e == engine.name()).map(|(_, test)| test).collect()
+/// A case that an engine is known to fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    engine: String,
+    /// The case.
+    pub test: String,
+    /// It ends the machine, so that no case after it can run.
+    pub fatal: bool,
 }
 
-/// Engine and test of each entry. The file is a flat list of `key = "value"` lines under `[[failure]]` headings.
-fn parse_known(text: &str) -> Vec<(String, String)> {
+/// Cases that an engine is known to fail, from `known-failures.toml`.
+pub fn known_failures(engine: Engine) -> Vec<Known> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("known-failures.toml");
+    let text = std::fs::read_to_string(&path).expect("tests/known-failures.toml can be read");
+    parse_known(&text).into_iter().filter(|k| k.engine == engine.name()).collect()
+}
+
+/// The file is a flat list of `key = "value"` lines under `[[failure]]` headings.
+fn parse_known(text: &str) -> Vec<Known> {
     text.split("[[failure]]")
         .skip(1)
         .filter_map(|entry| {
@@ -124,7 +175,8 @@ fn parse_known(text: &str) -> Vec<(String, String)> {
                 Some(line.split_once('"')?.1.rsplit_once('"')?.0.to_owned())
             };
             assert!(value("reason").is_some_and(|r| !r.is_empty()), "a known failure has no reason: {entry}");
-            Some((value("engine")?, value("test")?))
+            let fatal = value("effect").is_some_and(|e| e == "fatal");
+            Some(Known { engine: value("engine")?, test: value("test")?, fatal })
         })
         .collect()
 }
@@ -139,6 +191,6 @@ mod tests {
         assert_eq!(c.len(), 2);
         assert_eq!(c["c/d"], Err("cr2 wrong".into()));
         let known = parse_known("# x\n[[failure]]\nengine = \"e\"\ntest = \"t\"\nreason = \"r\"\n");
-        assert_eq!(known, [("e".to_owned(), "t".to_owned())]);
+        assert_eq!(known, [Known { engine: "e".into(), test: "t".into(), fatal: false }]);
     }
 }

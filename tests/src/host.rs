@@ -16,6 +16,12 @@ fn repo() -> PathBuf {
     tests.parent().unwrap_or(tests).to_path_buf()
 }
 
+/// Whether this host's KVM, if there is one, can only emulate ring 0: no CPU offers VMX or SVM.
+pub fn kvm_emulates() -> bool {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    !info.lines().any(|l| l.starts_with("flags") && l.split_whitespace().any(|f| f == "vmx" || f == "svm"))
+}
+
 /// The program under test: `PARAVANE_BIN`, which `cargo xtask test` sets, or a fresh release build.
 ///
 /// # Panics

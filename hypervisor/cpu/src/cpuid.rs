@@ -271,6 +271,50 @@ impl CpuidPolicy {
         }
     }
 
+    /// Whether a leaf's answer depends on ECX.
+    pub fn has_subleaves(leaf: u32) -> bool {
+        matches!(leaf, 4 | 7 | 0xb | 0xd)
+    }
+
+    /// The leaves and subleaves that exist, ascending.
+    pub fn leaves(&self) -> impl Iterator<Item = (u32, u32)> + use<'_> {
+        self.leaves.keys().copied()
+    }
+
+    /// Takes away what another engine does not offer: `offered` gives EAX, EBX, ECX, EDX of what it can do (KVM_GET_SUPPORTED_CPUID,
+    /// for one). Identity, topology, caches, timing and the hypervisor's own leaves stay.
+    pub fn restrict(&mut self, offered: impl Fn(u32, u32) -> [u32; 4]) {
+        // The machine has the local APIC, whatever the engine says: x2APIC, TSC deadline; and it is a hypervisor.
+        const MACHINE_ECX: u32 = bits(&[21, 24, 31]);
+        const HTT: u32 = 1 << 28;
+        // "FDP only on exceptions" and "FCS and FDS are zero" say that something is missing.
+        const L7_EBX_MISSING: u32 = bits(&[6, 13]);
+        let xsave = offered(1, 0)[2] >> 26 & 1 != 0;
+        if !xsave {
+            self.leaves.retain(|&(leaf, _), _| leaf != 0xd);
+        }
+        for (&(leaf, sub), regs) in &mut self.leaves {
+            let can = offered(leaf, sub);
+            let keep = match leaf {
+                1 => [u32::MAX, u32::MAX, can[2] | MACHINE_ECX, can[3] | HTT],
+                7 if sub == 0 => [u32::MAX, can[1] | L7_EBX_MISSING, can[2], can[3]],
+                7 => can,
+                0xd if sub <= 1 => [can[0], u32::MAX, u32::MAX, u32::MAX],
+                0x8000_0001 => [u32::MAX, u32::MAX, can[2], can[3]],
+                0x8000_0007 => [u32::MAX, u32::MAX, u32::MAX, can[3]],
+                0x8000_0008 => [u32::MAX, can[1], u32::MAX, u32::MAX],
+                0x8000_0021 => can,
+                _ => [u32::MAX; 4],
+            };
+            for (r, k) in regs.iter_mut().zip(keep) {
+                *r &= k;
+            }
+            if leaf == 0x8000_0008 && can[0] & 0xff != 0 {
+                regs[0] = regs[0] & !0xff | (regs[0] & 0xff).min(can[0] & 0xff);
+            }
+        }
+    }
+
     /// The CPU's vendor.
     pub fn vendor(&self) -> Vendor {
         self.vendor
@@ -288,7 +332,7 @@ impl CpuidPolicy {
 
     /// EAX, EBX, ECX, EDX of CPUID for a vCPU in state `st`. Leaves that do not exist read as zero.
     pub fn query(&self, st: &CpuState, leaf: u32, subleaf: u32) -> [u32; 4] {
-        let sub = if matches!(leaf, 4 | 7 | 0xb | 0xd) { subleaf } else { 0 };
+        let sub = if Self::has_subleaves(leaf) { subleaf } else { 0 };
         let mut r = self.leaves.get(&(leaf, sub)).copied().unwrap_or([0; 4]);
         match (leaf, sub) {
             (1, _) => {
@@ -439,6 +483,25 @@ mod tests {
         assert_eq!(guest[2] & L1_ECX_HOST, host[2] & L1_ECX_HOST);
         assert_eq!(guest[0], host[0]);
         assert_eq!(p.query(&st, 7, 0)[2] & L7_ECX_HOST, host_cpuid(7, 0)[2] & L7_ECX_HOST);
+    }
+
+    #[test]
+    fn restriction_takes_features_and_leaves_the_rest() {
+        const HV: u32 = 0x4000_0000;
+        let mut p = CpuidPolicy::host(&CFG).with_hypervisor_leaves(&[(HV, [HV, 1, 2, 3])]);
+        let (before, st) = (p.clone(), CpuState::reset(1));
+        p.restrict(|_, _| [u32::MAX; 4]);
+        assert_eq!(p.leaves, before.leaves);
+        // As poor an engine as can be: no XSAVE, so no leaf 0xD; what the machine itself provides stays.
+        p.restrict(|leaf, _| if leaf == 0x8000_0008 { [36, 0, 0, 0] } else { [0; 4] });
+        let (l1, was) = (p.query(&st, 1, 0), before.query(&st, 1, 0));
+        assert_eq!((l1[0], l1[1], l1[2], l1[3]), (was[0], was[1], bits(&[21, 24, 31]), 1 << 28));
+        assert_eq!(p.query(&st, 7, 0)[2..], [0, 0]);
+        assert_eq!(p.query(&st, 0xd, 0), [0; 4]);
+        assert_eq!(p.query(&st, 0x8000_0001, 0)[2..], [0, 0]);
+        assert_eq!(p.phys_bits(), 36);
+        assert_eq!(p.query(&st, 0xb, 1), before.query(&st, 0xb, 1));
+        assert_eq!(p.query(&st, HV, 0), before.query(&st, HV, 0));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! vCPU stops or policy must decide ([`VcpuExit`]). Guest faults never surface here.
 
 mod bt;
+pub mod kvm;
 
 use crate::devices::control::Kick;
 use crate::memory::GuestRam;
@@ -66,9 +67,12 @@ pub trait Vcpu: Send {
 /// A host problem of an engine.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// KVM was asked for.
-    #[error("this version has no KVM engine; use --engine bt, which needs no /dev/kvm")]
-    NoKvm,
+    /// KVM cannot work here, or cannot go on.
+    #[error(transparent)]
+    Kvm(#[from] kvm::KvmError),
+    /// An option that only one engine has.
+    #[error("{0} is about translated code; add --engine bt")]
+    OnlyBt(&'static str),
     /// Binary translation cannot work here.
     #[error(transparent)]
     Bt(#[from] paravane_bt::BtError),
@@ -99,7 +103,7 @@ pub fn choose(kind: EngineKind) -> Result<(EngineKind, &'static str), EngineErro
     match kind {
         EngineKind::Auto => Ok((EngineKind::Bt, "binary translation is the only engine of this version")),
         EngineKind::Bt => Ok((EngineKind::Bt, "asked for")),
-        EngineKind::Kvm => Err(EngineError::NoKvm),
+        EngineKind::Kvm => Ok((EngineKind::Kvm, "asked for")),
     }
 }
 
@@ -111,10 +115,20 @@ pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam) -> Option<PvConf
             offer,
             entry: Entry::Vmcall,
             unfit: Features::of(&[Feature::VirtualIf]),
+            impossible: Features::NONE,
             kvm: true,
             ram: mem.clone(),
         }),
-        EngineKind::Kvm => None,
+        // A VMCALL ends in the kernel. KVM does not see what user space writes to page tables, nor can it be told to drop
+        // translations (see docs/kvm.md).
+        EngineKind::Kvm => Some(PvConfig {
+            offer,
+            entry: Entry::Port,
+            unfit: Features::of(&[Feature::VirtualIf]),
+            impossible: Features::of(&[Feature::PageTables, Feature::TlbFlush]),
+            kvm: true,
+            ram: mem.clone(),
+        }),
     }
 }
 
@@ -131,6 +145,6 @@ pub fn make(
 ) -> Result<Box<dyn Vcpu>, EngineError> {
     match kind {
         EngineKind::Bt | EngineKind::Auto => Ok(Box::new(bt::BtEngine::new(id, mem, bus, info)?)),
-        EngineKind::Kvm => Err(EngineError::NoKvm),
+        EngineKind::Kvm => Ok(kvm::KvmVm::new(mem, info)?.vcpu(id, bus)?),
     }
 }

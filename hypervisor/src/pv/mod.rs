@@ -80,8 +80,10 @@ pub struct PvConfig {
     pub offer: Offer,
     /// How a guest enters.
     pub entry: Entry,
-    /// Features that do not pay on the engine, or that it cannot carry out.
+    /// Features that do not pay on the engine.
     pub unfit: Features,
+    /// Features that the engine cannot carry out.
+    pub impossible: Features,
     /// Whether the KVM leaves are answered here.
     pub kvm: bool,
     /// Guest RAM.
@@ -130,6 +132,7 @@ impl Pv {
         } else {
             Feature::StolenTime
         });
+        let implemented = Features(implemented.0 & !cfg.impossible.0);
         let offered = match cfg.offer {
             Offer::Off => Features::NONE,
             Offer::Auto => Features(implemented.0 & !cfg.unfit.0),

@@ -1,6 +1,6 @@
 //! Control flow that the CPU changes by itself: single steps, interrupts and their shadow, SYSCALL and SYSRET, IRET with bad
 //! selectors, faults while a fault is delivered, code that changes or vanishes under the instruction pointer.
-use crate::rt::{check, enter_user, set_gate, trap};
+use crate::rt::{check, enter_user, set_gate, trap, wanted};
 use crate::{fault, paging};
 use core::arch::asm;
 use core::ptr::{read_volatile as read, write_volatile as write};
@@ -184,7 +184,7 @@ unsafe fn interrupts() {
             "sti", "2: inc {t}", "jmp 2b", "3: cli",
             t = out(reg) spins, apic = in(reg) APIC + 0x380,
         );
-        check("irq/into-a-counting-loop", (read(&raw const FLOW_COUNT), spins > 1000), (1, true));
+        check("irq/into-a-counting-loop", (read(&raw const FLOW_COUNT), spins > 0), (1, true));
     }
 }
 
@@ -221,10 +221,16 @@ unsafe fn bad_returns() {
             let t = trap();
             (t.count - before, t.vector, t.error, t.rip == at)
         };
-        check("iret/cs-beyond-gdt", iret(0x1238, 0x10), (1, 13, 0x1238, true));
-        check("iret/cs-is-data", iret(0x10, 0x10), (1, 13, 0x10, true));
-        check("iret/null-cs", iret(0, 0x10), (1, 13, 0, true));
-        check("iret/ss-of-other-ring", iret(0x2b, 0x10), (1, 13, 0x10, true));
+        for (name, cs, ss, error) in [
+            ("iret/cs-beyond-gdt", 0x1238, 0x10, 0x1238),
+            ("iret/cs-is-data", 0x10, 0x10, 0x10),
+            ("iret/null-cs", 0, 0x10, 0),
+            ("iret/ss-of-other-ring", 0x2b, 0x10, 0x10),
+        ] {
+            if wanted(name) {
+                check(name, iret(cs, ss), (1, 13, error, true));
+            }
+        }
         // A page fault whose gate is not present: the #NP on the way makes it a double fault.
         let (t, _, n) = {
             let old = set_gate(14, 0);

@@ -1,6 +1,6 @@
 //! SYSCALL, SYSRET and SWAPGS: the registers, selectors and flags that cross the ring boundary.
 use crate::fault;
-use crate::rt::{check, enter_user, trap};
+use crate::rt::{check, enter_user, trap, wanted};
 use core::arch::asm;
 
 core::arch::global_asm!(
@@ -82,6 +82,9 @@ pub fn run() {
             ("syscall/mask-clears-flags", 0x8d5, 0x402),
             ("syscall/mask-clears-direction", 0x400, 0x8d7),
         ] {
+            if !wanted(name) {
+                continue;
+            }
             wrmsr(FMASK, mask);
             SYSCALL_LOG = [0; 6];
             enter_user(code, 0x7000, 0xcd7, 0x2b);

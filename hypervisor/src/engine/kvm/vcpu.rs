@@ -1,0 +1,410 @@
+//! One vCPU: its run loop and what each exit comes to.
+//!
+//! The local APIC is the machine's own (`devices::lapic`), reached through MMIO and MSR exits, so a vCPU's state is the same wherever it
+//! runs. Interrupts go in through KVM_INTERRUPT: when one is deliverable and KVM says that the guest can take it, it is acknowledged and
+//! injected; else KVM is asked to come back as soon as it can (the interrupt window).
+//!
+//! The architectural state lives in the kernel while the vCPU runs. [`KvmVcpu::state_mut`] fetches it, and the next run puts it back.
+#![allow(unsafe_code)] // KVM_INTERRUPT has no safe form.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvm_bindings as kvm;
+use kvm_ioctls::VcpuFd;
+use paravane_cpu::msr::{self, nr, shift_deadline};
+use paravane_cpu::snapshot::{Activity, StateError, VcpuSnapshot};
+use paravane_cpu::state::rflags;
+use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome, VcpuExit};
+
+use super::env::KvmEnv;
+use super::report::{self, Cause, Report};
+use super::run_page::{Exit, Io, RunPage};
+use super::state::{self, MsrMap, Shape};
+use super::stats::Stats;
+use super::{KvmError, KvmVm, cpuid};
+use crate::devices::control::Kick;
+use crate::engine::{EngineError, Profile, Vcpu};
+use crate::pv::HYPERCALL_PORT;
+use crate::tsc;
+
+/// `_IOW(KVMIO, 0x86, struct kvm_interrupt)`.
+const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
+
+/// Where the newest architectural state is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Newest {
+    /// In the kernel; the copy here is old.
+    Kernel,
+    /// Here; the kernel must be given it before the guest runs.
+    Here,
+}
+
+/// See the module text.
+pub(super) struct KvmVcpu {
+    id: u32,
+    fd: VcpuFd,
+    vm: Arc<KvmVm>,
+    run: Arc<RunPage>,
+    env: KvmEnv,
+    shape: Shape,
+    st: Box<CpuState>,
+    /// What was in flight when the state was fetched.
+    events: kvm::kvm_vcpu_events,
+    newest: Newest,
+    /// The guest has not been entered since the state was put into the kernel, so what the last exit said no longer holds.
+    replaced: bool,
+    /// The last exit's instruction must be completed before the state is whole.
+    unfinished: bool,
+    /// The guest executed HLT and has not been woken.
+    halted: bool,
+    emulating: bool,
+    /// The state could not be fetched when somebody asked for it, which the next run reports.
+    broken: Option<KvmError>,
+    stats: Stats,
+}
+
+/// How the run loop goes on after an exit.
+enum Next {
+    Again,
+    Leave(VcpuExit),
+}
+
+impl KvmVcpu {
+    /// A vCPU in its reset state.
+    pub(super) fn new(vm: Arc<KvmVm>, id: u32, bus: Arc<dyn Bus>) -> Result<Self, KvmError> {
+        let fd = vm.fd.create_vcpu(id.into()).map_err(|e| KvmError::refused("a vCPU", e))?;
+        fd.set_cpuid2(&cpuid::table(&vm.cpuid, id)?).map_err(|e| KvmError::refused("KVM_SET_CPUID2", e))?;
+        let run = RunPage::new(fd.as_raw_fd(), vm.fd.run_size()).map_err(KvmError::Host)?;
+        let shape = Shape { msrs: MsrMap::probe(&fd), xcrs: vm.xcrs && fd.get_xcrs().is_ok_and(|x| x.nr_xcrs > 0) };
+        Ok(Self {
+            id,
+            fd,
+            run,
+            vm: vm.clone(),
+            env: KvmEnv { id, ram: vm.ram.clone(), bus, cpuid: vm.cpuid.clone(), stopping: false },
+            shape,
+            st: Box::new(CpuState::reset(id)),
+            events: kvm::kvm_vcpu_events::default(),
+            newest: Newest::Here,
+            replaced: true,
+            unfinished: false,
+            halted: false,
+            emulating: super::emulates_ring0(),
+            broken: None,
+            stats: Stats::default(),
+        })
+    }
+
+    fn raw(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    /// Lets KVM complete the instruction of the last exit, so that the state is that of an instruction boundary.
+    fn finish(&mut self) -> Result<(), KvmError> {
+        while std::mem::take(&mut self.unfinished) {
+            match self.run.complete(self.raw()).map_err(KvmError::Run)? {
+                Exit::Interrupted => break,
+                // An instruction with several accesses (string I/O, an operand across two device registers).
+                exit @ (Exit::Io(_) | Exit::Mmio { .. } | Exit::Msr { .. }) => {
+                    self.serve(exit)?;
+                }
+                exit => return Err(KvmError::Unexpected(format!("{exit:?}"))),
+            }
+        }
+        Ok(())
+    }
+
+    /// Fetches the state from the kernel.
+    fn fetch(&mut self) -> Result<(), KvmError> {
+        if self.newest == Newest::Kernel {
+            self.finish()?;
+            self.stats.transfers += 1;
+            self.events = state::read(&self.fd, &self.shape, &mut self.st)?;
+            self.st.halted = self.halted.into();
+        }
+        Ok(())
+    }
+
+    /// Puts the state into the kernel if it is newer here.
+    fn put(&mut self) -> Result<(), KvmError> {
+        if self.newest == Newest::Here {
+            self.stats.transfers += 1;
+            state::write(&self.fd, &self.shape, &self.st, &self.events)?;
+            self.halted = self.st.halted != 0;
+            self.newest = Newest::Kernel;
+            self.replaced = true;
+        }
+        Ok(())
+    }
+
+    fn run_loop(&mut self) -> Result<VcpuExit, KvmError> {
+        if let Some(e) = self.broken.take() {
+            return Err(e);
+        }
+        self.run.adopt_thread();
+        loop {
+            self.run.acknowledge();
+            if std::mem::take(&mut self.env.stopping) || self.env.bus.stopping() {
+                return Ok(VcpuExit::Stopped);
+            }
+            self.put()?;
+            if self.halted && !self.wakes() {
+                self.stats.halts += 1;
+                return Ok(VcpuExit::Halt);
+            }
+            self.inject()?;
+            let cr8 = self.env.bus.cr8_read(self.id);
+            self.run.set_cr8(cr8);
+            let exit = self.run.enter(self.raw()).map_err(KvmError::Run)?;
+            (self.unfinished, self.replaced) = (false, false);
+            self.stats.exits += 1;
+            if self.run.cr8() != cr8 {
+                self.env.bus.cr8_write(self.id, self.run.cr8());
+            }
+            if let Next::Leave(exit) = self.serve(exit)? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// Whether something ends the halt; waits a little when an interrupt is there that the guest does not take.
+    fn wakes(&mut self) -> bool {
+        let flags = self.fd.get_regs().map_or(rflags::IF, |r| r.rflags);
+        let pending = self.env.bus.interrupt_pending(self.id);
+        if pending && flags & rflags::IF == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.halted = !(pending && flags & rflags::IF != 0 || self.take_nmi() || self.env.bus.wakes(self.id));
+        !self.halted
+    }
+
+    fn take_nmi(&mut self) -> bool {
+        self.env.bus.take_nmi(self.id) && self.fd.nmi().is_ok()
+    }
+
+    /// Injects what is pending and permitted.
+    fn inject(&mut self) -> Result<(), KvmError> {
+        self.take_nmi();
+        let pending = self.env.bus.interrupt_pending(self.id);
+        if pending && !self.replaced && self.run.ready_for_interrupt() {
+            if let Some(vector) = self.env.bus.interrupt_ack(self.id) {
+                let arg = kvm::kvm_interrupt { irq: vector.into() };
+                // SAFETY: the descriptor is a vCPU's, and the argument is what the request takes.
+                if unsafe { libc::ioctl(self.raw(), KVM_INTERRUPT, &raw const arg) } != 0 {
+                    return Err(KvmError::Unexpected("KVM_INTERRUPT was refused".into()));
+                }
+                self.stats.interrupts += 1;
+            }
+            self.run.request_window(self.env.bus.interrupt_pending(self.id));
+        } else {
+            self.run.request_window(pending);
+        }
+        Ok(())
+    }
+
+    /// Does what an exit asks for.
+    fn serve(&mut self, exit: Exit) -> Result<Next, KvmError> {
+        match exit {
+            Exit::Interrupted => self.stats.interrupted += 1,
+            Exit::InterruptWindow => self.stats.windows += 1,
+            Exit::TaskPriority => self.stats.priorities += 1,
+            Exit::Io(Io { port: HYPERCALL_PORT, write: true, size: 4, count: 1, .. }) => return self.hypercall(),
+            Exit::Io(io) => self.port(&io)?,
+            Exit::Mmio { gpa, len, write, data } => self.mmio(gpa, len, write, data),
+            Exit::Msr { index, reason, write, data } => self.msr(index, reason, write, data)?,
+            Exit::Halt => self.halted = true,
+            Exit::Shutdown => return Ok(Next::Leave(VcpuExit::TripleFault)),
+            Exit::SystemEvent(kvm::KVM_SYSTEM_EVENT_CRASH | kvm::KVM_SYSTEM_EVENT_RESET) => {
+                return Ok(Next::Leave(VcpuExit::TripleFault));
+            }
+            Exit::SystemEvent(_) => return Ok(Next::Leave(VcpuExit::Stopped)),
+            Exit::InternalError(e) => return Err(self.gave_up(Cause::of(&e), &e.insn[..e.insn_len.into()])),
+            Exit::EntryFailed { reason, .. } => return Err(self.gave_up(Cause::Entry(reason), &[])),
+            // Neither the kernel's local APIC nor debugging is in use here.
+            Exit::EndOfInterrupt(_) | Exit::Debug => return Err(KvmError::Unexpected(format!("{exit:?}"))),
+            Exit::Other(n) => return Err(self.gave_up(Cause::Exit(n), &[])),
+        }
+        Ok(Next::Again)
+    }
+
+    fn port(&mut self, io: &Io) -> Result<(), KvmError> {
+        self.unfinished = true;
+        let data = self.run.io_data(io).ok_or_else(|| KvmError::Unexpected(format!("{io:?}")))?;
+        let (bus, id) = (&self.env.bus, self.id);
+        if io.write {
+            self.stats.pio_writes += u64::from(io.count);
+            for item in data.chunks_exact(io.size.into()) {
+                self.env.stopping |= bus.pio_write(id, io.port, item) == BusOutcome::Stopping;
+            }
+        } else {
+            self.stats.pio_reads += u64::from(io.count);
+            for item in data.chunks_exact_mut(io.size.into()) {
+                bus.pio_read(id, io.port, item);
+            }
+        }
+        Ok(())
+    }
+
+    fn mmio(&mut self, gpa: u64, len: u8, write: bool, mut data: [u8; 8]) {
+        self.unfinished = true;
+        let part = &mut data[..usize::from(len)];
+        if write {
+            self.stats.mmio_writes += 1;
+            let outcome = self.env.bus.mmio_write(self.id, gpa, part);
+            self.env.note_outcome(outcome);
+        } else {
+            self.stats.mmio_reads += 1;
+            self.env.bus.mmio_read(self.id, gpa, part);
+            self.run.answer_mmio(data);
+        }
+    }
+
+    /// An MSR that is the local APIC's or that KVM does not know. What KVM knows and finds wrong is #GP.
+    fn msr(&mut self, index: u32, reason: u32, write: bool, data: u64) -> Result<(), KvmError> {
+        self.unfinished = true;
+        if write {
+            self.stats.msr_writes += 1;
+        } else {
+            self.stats.msr_reads += 1;
+        }
+        let ours = reason == kvm::KVM_MSR_EXIT_REASON_FILTER || matches!(index, nr::X2APIC_FIRST..=nr::X2APIC_LAST);
+        let value = if !ours && reason != kvm::KVM_MSR_EXIT_REASON_UNKNOWN {
+            None
+        } else if write {
+            msr::write(&mut self.st, &mut self.env, index, data).ok().map(|_| 0)
+        } else {
+            msr::read(&self.st, &self.env, index).ok()
+        };
+        if write && value.is_some() && matches!(index, nr::TSC | nr::TSC_ADJUST) {
+            state::move_tsc(&self.fd, &self.st)?;
+        }
+        self.run.answer_msr(value);
+        Ok(())
+    }
+
+    /// A hypercall by way of its port. Only the registers that calls use cross.
+    fn hypercall(&mut self) -> Result<Next, KvmError> {
+        self.unfinished = true;
+        self.stats.hypercalls += 1;
+        let failed = |_| KvmError::Transfer("general registers");
+        let mut regs = self.fd.get_regs().map_err(failed)?;
+        let sregs = self.fd.get_sregs().map_err(failed)?;
+        state::take_regs(&mut self.st, regs);
+        state::take_sregs(&mut self.st, &sregs);
+        let Some(outcome) = self.env.hypercall(&mut self.st) else { return Ok(Next::Again) };
+        let rip = regs.rip;
+        regs = state::regs_of(&self.st);
+        regs.rip = rip; // KVM advances it itself when it completes the OUT, or has done so
+        self.fd.set_regs(&regs).map_err(failed)?;
+        match outcome {
+            HypercallOutcome::Done | HypercallOutcome::Resync => {}
+            HypercallOutcome::Halt => {
+                self.finish()?;
+                self.halted = true;
+            }
+            HypercallOutcome::Stopping => self.env.stopping = true,
+        }
+        Ok(Next::Again)
+    }
+
+    /// Takes a saved state over, or fails with the vCPU unchanged.
+    fn take(&mut self, s: &VcpuSnapshot) -> Result<(), EngineError> {
+        if s.id != self.id {
+            let what = format!("it is of vCPU {} and was given to vCPU {}", s.id, self.id);
+            return Err(StateError::Invalid(what).into());
+        }
+        let state = s.restore(&self.env.cpuid)?;
+        if s.activity == Activity::WaitForSipi {
+            return Err(
+                StateError::Unsupported("this version runs no vCPUs on KVM that wait for a start-up message").into()
+            );
+        }
+        self.fetch()?;
+        self.vm.forget_memory()?;
+        let before = (
+            std::mem::replace(&mut *self.st, state),
+            std::mem::replace(&mut self.events, state::pending(s.events.injection)),
+        );
+        self.newest = Newest::Here;
+        let mut lapic = s.lapic.clone();
+        if let Some(l) = &mut lapic {
+            l.tsc_deadline = shift_deadline(l.tsc_deadline, s.tsc.offset.wrapping_neg());
+        }
+        let put = self.put().map_err(EngineError::from).and_then(|()| match &lapic {
+            Some(l) if !self.env.bus.lapic_load(self.id, l) => {
+                Err(StateError::Unsupported("it comes with a local APIC, and this machine has none").into())
+            }
+            _ => Ok(()),
+        });
+        if put.is_err() {
+            (*self.st, self.events) = before;
+            self.newest = Newest::Here;
+        }
+        put
+    }
+
+    /// The report for a guest that KVM cannot go on with.
+    fn gave_up(&mut self, cause: Cause, code: &[u8]) -> KvmError {
+        if let Err(e) = self.fetch() {
+            return e;
+        }
+        let memory = report::code_at_rip(&self.st, &mut self.env);
+        let code = if memory.is_empty() { code.to_vec() } else { memory };
+        KvmError::GaveUp(Box::new(Report { cause, emulating: self.emulating, code, state: self.st.clone() }))
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn state_mut(&mut self) -> &mut CpuState {
+        if let Err(e) = self.fetch() {
+            self.broken = Some(e);
+        }
+        self.newest = Newest::Here;
+        &mut self.st
+    }
+
+    fn save(&mut self) -> Result<VcpuSnapshot, EngineError> {
+        if let Some(e) = self.broken.take() {
+            return Err(e.into());
+        }
+        self.fetch()?;
+        let mut s = VcpuSnapshot::capture(&self.st, tsc::rdtsc());
+        s.events.injection = state::injection(&self.events);
+        s.lapic = self.env.bus.lapic_save(self.id).map(|mut l| {
+            l.tsc_deadline = shift_deadline(l.tsc_deadline, self.st.tsc_offset);
+            l.nmi |= self.events.nmi.pending != 0;
+            l
+        });
+        Ok(s)
+    }
+
+    fn load(&mut self, state: &VcpuSnapshot) -> Result<(), EngineError> {
+        self.take(state)
+    }
+
+    fn run(&mut self) -> Result<VcpuExit, EngineError> {
+        Ok(self.run_loop()?)
+    }
+
+    fn kick(&self) -> Arc<dyn Kick> {
+        self.run.clone()
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        self.stats.list()
+    }
+
+    fn write_perf_map(&mut self, _keep: bool) -> Result<(), EngineError> {
+        Err(EngineError::OnlyBt("--perf-map"))
+    }
+
+    fn start_profile(&mut self) -> Result<(), EngineError> {
+        Err(EngineError::OnlyBt("--profile"))
+    }
+
+    fn take_profile(&mut self) -> Option<Profile> {
+        None
+    }
+}
