@@ -4,6 +4,7 @@
 //! Nothing here is linked into the hypervisor. A task either does all it promises or ends with one sentence that
 //! says what is missing and how to get it.
 
+mod abi_text;
 mod apt;
 mod boot;
 mod compute_root;
@@ -13,6 +14,7 @@ mod cpio;
 mod debian;
 mod host;
 mod initramfs;
+mod task_abi;
 mod task_bench_boot;
 mod task_bench_compute;
 mod task_boots;
@@ -43,6 +45,8 @@ enum Task {
     Guests(task_guests::Args),
     /// Boot a stock kernel many times in a row and count the failures
     Boots(task_boots::Args),
+    /// Write the C header and the tables of the specification from pv-abi
+    Abi(task_abi::Args),
     /// Measure, beside QEMU where it is installed
     Bench {
         #[command(subcommand)]
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
         Task::Check => task_check::run(),
         Task::Guests(args) => task_guests::run(&args),
         Task::Boots(args) => task_boots::run(&args),
+        Task::Abi(args) => task_abi::run(&args),
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
         Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),
     };
