@@ -345,7 +345,7 @@ impl CpuidPolicy {
                 r[2] |= sub & 0xff;
                 r[3] = st.id;
             }
-            (0xd, 0) => r[1] = host_fpu::standard_size(st.xcr0) as u32,
+            (0xd, 0) if r[0] != 0 => r[1] = host_fpu::standard_size(st.xcr0) as u32,
             (0xd, 1) if r[0] & 2 != 0 => r[1] = host_fpu::compacted_size(st.xcr0) as u32,
             _ => {}
         }

@@ -14,13 +14,25 @@ const ROUNDS: u64 = 12_000_000;
 
 /// Whether an engine can be tried here; says so if not.
 fn present(kind: EngineKind) -> bool {
-    match Machine::compute(1, Windows::Off).vcpu(kind) {
+    match Machine::compute(1, Windows::Off, false).vcpu(kind) {
         Ok(_) => true,
         Err(e) => {
             eprintln!("SKIPPED: {kind:?} is not available here: {e}");
             false
         }
     }
+}
+
+/// Whether all these engines hold a guest that uses AVX; says so if not, and the guest then does without.
+fn hold_avx(engines: &[EngineKind]) -> bool {
+    let m = Machine::compute(1, Windows::Off, true);
+    engines.iter().all(|&kind| match m.vcpu(kind).unwrap().load(&m.start) {
+        Ok(()) => true,
+        Err(e) => {
+            eprintln!("WITHOUT AVX: {kind:?} does not take a guest that uses it: {e}");
+            false
+        }
+    })
 }
 
 /// Two states without what time does to them.
@@ -70,12 +82,13 @@ fn compute_across(engines: &[EngineKind], windows: Windows) {
     if !engines.iter().all(|&k| present(k)) {
         return;
     }
-    let reference = Machine::compute(ROUNDS, windows);
+    let avx = hold_avx(engines);
+    let reference = Machine::compute(ROUNDS, windows, avx);
     play(&reference, &[EngineKind::Bt], Duration::ZERO, 0);
     let expected = reference.answer();
     assert_eq!(expected[48..56], ROUNDS.to_le_bytes(), "the x87 sum");
 
-    let m = Machine::compute(ROUNDS, windows);
+    let m = Machine::compute(ROUNDS, windows, avx);
     let states = play(&m, engines, Duration::from_millis(10), usize::MAX);
     assert!(states.len() >= 4, "only {} hand-overs, the guest is too quick", states.len());
     let moved = states.windows(2).filter(|w| w[0].gpr[15] != w[1].gpr[15]).count();
@@ -111,7 +124,7 @@ fn kvm_to_kvm() {
 /// The same vCPU goes on from states that were saved in it before: what it derived from later ones must not show.
 #[test]
 fn back_to_an_earlier_state() {
-    let m = Machine::compute(ROUNDS, Windows::Always);
+    let m = Machine::compute(ROUNDS, Windows::Always, true);
     let memory = |m: &Machine| m.answer();
     let mut vcpu = m.vcpu(EngineKind::Bt).unwrap();
     vcpu.load(&m.start).unwrap();
@@ -131,7 +144,7 @@ fn back_to_an_earlier_state() {
     let (_, how) = RunningVcpu::start(0, vcpu, m.chipset.clone()).unwrap().wait().unwrap();
     assert_eq!((how, m.chipset.stop_cause()), (Driven::Stopped, Some(END)));
 
-    let reference = Machine::compute(ROUNDS, Windows::Off);
+    let reference = Machine::compute(ROUNDS, Windows::Off, true);
     play(&reference, &[EngineKind::Bt], Duration::ZERO, 0);
     assert!(m.answer() == reference.answer(), "an answer changed on the way");
 }
@@ -162,7 +175,7 @@ fn ticks_across_engines() {
 
 #[test]
 fn a_state_of_another_vcpu_is_refused() {
-    let m = Machine::compute(1000, Windows::Off);
+    let m = Machine::compute(1000, Windows::Off, true);
     let mut vcpu = m.vcpu(EngineKind::Bt).unwrap();
     vcpu.load(&m.start).unwrap();
     let before = vcpu.save().unwrap();
