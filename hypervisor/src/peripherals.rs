@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use virtio::Device;
 use virtio::devices::entropy::Entropy;
@@ -40,7 +41,7 @@ pub struct Placed {
 ///
 /// # Errors
 /// See [`PeripheralError`].
-pub fn add(cfg: &DevicesConfig, mem: &GuestRam, chipset: &Chipset) -> Result<Placed, PeripheralError> {
+pub fn add(cfg: &DevicesConfig, mem: &GuestRam, chipset: &Arc<Chipset>) -> Result<Placed, PeripheralError> {
     let mut machine = Machine { mem, chipset, placed: Placed::default() };
     if let Some(rng) = &cfg.rng {
         let source = File::open(&rng.src).map_err(|e| file_error("source of entropy", &rng.src, e))?;
@@ -51,7 +52,7 @@ pub fn add(cfg: &DevicesConfig, mem: &GuestRam, chipset: &Chipset) -> Result<Pla
 
 struct Machine<'a> {
     mem: &'a GuestRam,
-    chipset: &'a Chipset,
+    chipset: &'a Arc<Chipset>,
     placed: Placed,
 }
 
@@ -61,6 +62,7 @@ impl Machine<'_> {
         match transport {
             TransportKind::Pci => self.chipset.add_virtio_pci(device, mem),
             TransportKind::Mmio => self.chipset.add_virtio_mmio(device, mem).map(|slot| self.placed.mmio.push(slot)),
+            TransportKind::Pv => self.chipset.add_virtio_pv(device, mem),
         }
         .map_err(PeripheralError::Host)
     }

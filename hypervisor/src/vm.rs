@@ -180,7 +180,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let ending = Arc::new(Ending::default());
     let serial = Serial::open(&cfg.serial, &ending)?;
     let (output, port) = (serial.output, serial.port);
-    let pv = engine::paravirt(kind, cfg.pv, &mem);
+    let pv = engine::paravirt(kind, cfg.pv, &mem, cfg.devices.on_pv());
     let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port, pv })?;
     let _ = ending.chipset.set(Arc::downgrade(&chipset));
     let tsc_khz = tsc::tsc_khz();

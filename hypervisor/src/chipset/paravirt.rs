@@ -15,8 +15,12 @@ use super::{Chipset, Interrupts};
 use crate::devices::control::{StopCause, event};
 use crate::devices::ioapic::Message;
 use crate::devices::lock;
+use crate::memory::GuestRam;
 use crate::pv::Pv;
 use std::io::{self, Write};
+use std::sync::Arc;
+use virtio::Device;
+use virtio::transport::mmio::MmioTransport;
 
 impl Interrupts {
     /// Requests a fixed interrupt of one vCPU.
@@ -68,6 +72,25 @@ impl Chipset {
         // A closed standard error leaves nobody to read it.
         let _ = writeln!(io::stderr(), "paravane: the guest's last words: {}", text.trim());
         self.stop(StopCause::GuestPanic);
+    }
+
+    /// Puts a device on the ABI's own transport.
+    ///
+    /// # Errors
+    /// When the machine has no paravirtual interfaces or no place left, or the host has no descriptors left.
+    pub fn add_virtio_pv(self: &Arc<Self>, device: Box<dyn Device>, mem: GuestRam) -> io::Result<()> {
+        let pv = self.pv().ok_or_else(|| io::Error::other("this engine has no paravirtual interfaces"))?;
+        pv.add_device(|n| {
+            let weak = Arc::downgrade(self);
+            let edge = move || {
+                if let Some(me) = weak.upgrade()
+                    && let Some(vector) = me.pv().and_then(|pv| pv.raise_event(n))
+                {
+                    me.inject(0, vector);
+                }
+            };
+            MmioTransport::with_events(device, mem, Box::new(edge))
+        })
     }
 
     pub(super) fn pv(&self) -> Option<&Pv> {

@@ -193,6 +193,9 @@ impl Chipset {
         for (transport, _) in &slots.mmio {
             transport.shut_down();
         }
+        if let Some(pv) = self.pv() {
+            pv.shut_down_devices();
+        }
     }
 }
 

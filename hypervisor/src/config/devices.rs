@@ -16,6 +16,8 @@ pub enum TransportKind {
     Pci,
     /// By registers in memory, described in the DSDT.
     Mmio,
+    /// By hypercalls, doorbell bits and event bits of the paravirtual ABI, for guests that speak it.
+    Pv,
 }
 
 /// What a disk's file contains.
@@ -281,6 +283,19 @@ impl FileConfig {
 }
 
 impl DevicesConfig {
+    /// How many devices are reached by the paravirtual ABI.
+    pub fn on_pv(&self) -> u32 {
+        let lists = self.disk.iter().map(|d| d.transport).chain(self.net.iter().map(|d| d.transport));
+        let singles = [
+            self.rng.as_ref().map(|d| d.transport),
+            self.balloon.as_ref().map(|d| d.transport),
+            self.vsock.as_ref().map(|d| d.transport),
+            self.console.as_ref().map(|d| d.transport),
+        ];
+        let all = lists.chain(self.fs.iter().map(|d| d.transport)).chain(singles.into_iter().flatten());
+        all.filter(|&t| t == TransportKind::Pv).count() as u32
+    }
+
     /// Adds the command line's devices to a file's: lists grow, single ones are replaced.
     pub fn merge(mut self, over: Self) -> Self {
         self.disk.extend(over.disk);

@@ -109,7 +109,7 @@ pub fn choose(kind: EngineKind) -> Result<(EngineKind, &'static str), EngineErro
 
 /// What the paravirtual interfaces are like on the chosen engine: how a guest calls, and what does not pay there (measured in
 /// docs/decisions/0010-paravirtual-abi.md).
-pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam) -> Option<PvConfig> {
+pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam, devices: u32) -> Option<PvConfig> {
     match kind {
         EngineKind::Bt | EngineKind::Auto => Some(PvConfig {
             offer,
@@ -118,6 +118,7 @@ pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam) -> Option<PvConf
             impossible: Features::NONE,
             kvm: true,
             ram: mem.clone(),
+            devices,
         }),
         // A VMCALL ends in the kernel. KVM does not see what user space writes to page tables, nor can it be told to drop
         // translations (see docs/kvm.md).
@@ -128,6 +129,7 @@ pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam) -> Option<PvConf
             impossible: Features::of(&[Feature::PageTables, Feature::TlbFlush]),
             kvm: true,
             ram: mem.clone(),
+            devices,
         }),
     }
 }

@@ -124,8 +124,12 @@ fn carry_out(
             chipset.guest_panicked(&text);
             (0, HypercallOutcome::Stopping)
         }
-        Call::VirtioRead | Call::VirtioWrite | Call::Notify | Call::EventVector => {
-            return Err(Error::NotSupported.into());
+        Call::VirtioRead => done(pv.device_read(a, b, c)?)?,
+        Call::VirtioWrite => done(pv.device_write(a, b, c, d)?)?,
+        Call::Notify => done(pv.notify(vcpu, a)?)?,
+        Call::EventVector => {
+            pv.event_vector.store(if a == 0 { 0 } else { vector(a)? }, SeqCst);
+            done(0)?
         }
     })
 }
@@ -146,6 +150,7 @@ fn negotiate(pv: &Pv, chipset: &Chipset, vcpu: u32, version: u64, features: u64)
         arm(pv, n, None);
     }
     pv.event_vector.store(0, SeqCst);
+    pv.reset_devices();
     pv.version.store(version, SeqCst);
     pv.in_force.store(wanted.0, SeqCst);
     chipset.look_again(vcpu);

@@ -12,6 +12,7 @@
 //! | [`page`] | the shared page and what the hypervisor writes there |
 //! | [`pages`] | arrays of page-table updates and free pages |
 //! | [`kvm`] | CPUID leaves and MSRs of KVM |
+//! | [`devices`] | virtio devices on the ABI's own transport |
 //! | [`stolen`] | how long a vCPU's thread waited for a CPU |
 //!
 //! Everything that comes from the guest is checked where it enters: addresses against RAM in their whole length, counts against
@@ -22,13 +23,14 @@ use std::sync::{Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use pv_abi::feature::{Feature, Features};
-use pv_abi::{Version, cpuid, memory, virtio};
+use pv_abi::{Version, cpuid, memory};
 
 use crate::devices::lock;
 use crate::memory::GuestRam;
 use crate::timer::{Clock, Timer};
 
 pub mod calls;
+pub mod devices;
 pub mod kvm;
 pub mod page;
 pub mod pages;
@@ -88,6 +90,8 @@ pub struct PvConfig {
     pub kvm: bool,
     /// Guest RAM.
     pub ram: GuestRam,
+    /// How many virtio devices [`Pv::add_device`] will bring.
+    pub devices: u32,
 }
 
 /// What belongs to one vCPU.
@@ -122,17 +126,19 @@ pub struct Pv {
     in_force: AtomicU64,
     event_vector: AtomicU8,
     vcpus: Box<[PvVcpu]>,
+    devices: devices::Devices,
 }
 
 impl Pv {
     /// The interfaces before a guest has negotiated anything.
     pub fn new(cfg: PvConfig, cpus: u32, clock: Clock) -> Self {
-        let implemented = Features::all().without(Feature::Virtio).without(if stolen::available() {
-            Feature::Virtio
-        } else {
-            Feature::StolenTime
-        });
-        let implemented = Features(implemented.0 & !cfg.impossible.0);
+        let mut implemented = Features(Features::all().0 & !cfg.impossible.0);
+        if !stolen::available() {
+            implemented = implemented.without(Feature::StolenTime);
+        }
+        if cfg.devices == 0 {
+            implemented = implemented.without(Feature::Virtio);
+        }
         let offered = match cfg.offer {
             Offer::Off => Features::NONE,
             Offer::Auto => Features(implemented.0 & !cfg.unfit.0),
@@ -151,6 +157,7 @@ impl Pv {
             in_force: AtomicU64::new(0),
             event_vector: AtomicU8::new(0),
             vcpus: (0..cpus).map(|_| PvVcpu::default()).collect(),
+            devices: devices::Devices::expect(cfg.devices),
         }
     }
 
@@ -164,7 +171,10 @@ impl Pv {
             let (low, high) = (self.offered.0 as u32, (self.offered.0 >> 32) as u32);
             leaves.push((base + cpuid::FEATURES, [Version::CURRENT.to_bits(), low, high, vcpu]));
             leaves.push((base + cpuid::ENTRY, cpuid::entry_leaf(self.entry.code())));
-            leaves.push((base + cpuid::LIMITS, [MAX_ELEMENTS, self.vcpus.len() as u32, MAX_TEXT, 0]));
+            leaves.push((
+                base + cpuid::LIMITS,
+                [MAX_ELEMENTS, self.vcpus.len() as u32, MAX_TEXT, self.devices.expected()],
+            ));
         }
         if self.kvm_features != 0 {
             leaves.extend(kvm::leaves(base + cpuid::STEP, self.kvm_features));
@@ -207,5 +217,5 @@ impl Pv {
     }
 }
 
-/// The most devices that fit on the transport fit in the words of the shared page.
-const _: () = assert!(virtio::MAX_DEVICES == u64::BITS);
+#[cfg(test)]
+mod tests;

@@ -26,16 +26,30 @@ const CONFIG: u64 = 0x100;
 /// Drives the device's interrupt line; called from any thread, must not block.
 pub type Line = Box<dyn Fn(bool) + Send + Sync>;
 
+/// Tells the driver of an event; called from any thread, must not block.
+pub type Edge = Box<dyn Fn() + Send + Sync>;
+
+/// How a device's interrupt reaches the driver.
+enum Wire {
+    /// A level: up while the driver has not acknowledged all causes.
+    Level(Mutex<Line>),
+    /// Every event by itself: the driver need neither read nor acknowledge the causes.
+    Edge(Edge),
+}
+
 struct LineInterrupt {
     /// Bit 0: used buffers; bit 1: configuration change.
     status: AtomicU32,
-    line: Mutex<Line>,
+    wire: Wire,
 }
 
 impl LineInterrupt {
     fn raise(&self, bit: u32) {
-        if self.status.fetch_or(bit, SeqCst) == 0 {
-            self.drive();
+        let before = self.status.fetch_or(bit, SeqCst);
+        match &self.wire {
+            Wire::Edge(edge) => edge(),
+            Wire::Level(_) if before == 0 => self.drive(),
+            Wire::Level(_) => {}
         }
     }
 
@@ -47,8 +61,10 @@ impl LineInterrupt {
 
     /// Brings the line in agreement with the status, under a lock so that the last to come here reads the last status.
     fn drive(&self) {
-        let line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
-        line(self.status.load(SeqCst) != 0);
+        if let Wire::Level(line) = &self.wire {
+            let line = line.lock().unwrap_or_else(PoisonError::into_inner);
+            line(self.status.load(SeqCst) != 0);
+        }
     }
 }
 
@@ -81,7 +97,20 @@ impl MmioTransport {
     /// # Errors
     /// When the host has no descriptors left.
     pub fn new(device: Box<dyn Device>, mem: GuestRam, line: Line) -> io::Result<Self> {
-        let interrupt = Arc::new(LineInterrupt { status: AtomicU32::new(0), line: Mutex::new(line) });
+        Self::wired(device, mem, Wire::Level(Mutex::new(line)))
+    }
+
+    /// The same registers reached otherwise, with events instead of an interrupt line. The causes in InterruptStatus gather until the driver
+    /// acknowledges them, which it may leave.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn with_events(device: Box<dyn Device>, mem: GuestRam, edge: Edge) -> io::Result<Self> {
+        Self::wired(device, mem, Wire::Edge(edge))
+    }
+
+    fn wired(device: Box<dyn Device>, mem: GuestRam, wire: Wire) -> io::Result<Self> {
+        let interrupt = Arc::new(LineInterrupt { status: AtomicU32::new(0), wire });
         let front = Front::new(device, mem, interrupt.clone())?;
         let notifier = front.notifier();
         let registers = Registers { front, feature_word: 0, driver_word: 0, queue: 0 };
@@ -174,6 +203,11 @@ impl MmioTransport {
         }
     }
 
+    /// Where notifications go, past the registers.
+    pub fn notifier(&self) -> &Notifier {
+        &self.notifier
+    }
+
     /// Ends the device's threads, whatever the driver thinks.
     pub fn shut_down(&self) {
         self.registers().front.reset();
@@ -253,6 +287,28 @@ mod tests {
         assert_eq!((m.get(0x70), m.get(0x44), m.get(0x60)), (0, 0, 0));
         m.set(0x30, 1);
         assert_eq!(m.get(0x34), 0, "there is no queue 1");
+    }
+
+    #[test]
+    fn events_come_one_by_one_whether_acknowledged_or_not() {
+        let (mem, events) = (ram(), Arc::new(AtomicU32::new(0)));
+        let device = Box::new(Entropy::new(std::fs::File::open("/dev/urandom").unwrap()));
+        let count = events.clone();
+        let edge = Box::new(move || {
+            count.fetch_add(1, SeqCst);
+        });
+        let transport = MmioTransport::with_events(device, mem.clone(), edge).unwrap();
+        let m = Machine { mem, line: Arc::default(), transport };
+        let mut d = Driver::new(&m.mem, 0x1_0000, 16);
+        m.start(&d);
+        for round in 1..4 {
+            d.chain(0, &[(0x3000, 64, true)]);
+            d.offer(0);
+            m.transport.notifier().notify_all();
+            assert_eq!(d.wait(), (0, 64));
+            eventually("the event comes", || events.load(SeqCst) == round);
+            assert_eq!(m.get(0x60), 1);
+        }
     }
 
     #[test]

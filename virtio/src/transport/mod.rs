@@ -28,6 +28,13 @@ impl Notifier {
         }
     }
 
+    /// The driver notifies all queues.
+    pub fn notify_all(&self) {
+        for bell in self.0.iter() {
+            bell.ring();
+        }
+    }
+
     /// The bell of a queue, for a transport that has the host ring it (KVM's ioeventfd).
     pub fn bell(&self, queue: u16) -> Option<&Arc<Doorbell>> {
         self.0.get(usize::from(queue))
