@@ -191,6 +191,10 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
                 let rip = st.rip;
                 return e.raise_and_go(Exception::Debug(1 << 14), rip);
             }
+            if matches!(i.mnemonic(), Mnemonic::Vmcall | Mnemonic::Vmmcall) {
+                // It may have let interrupts through whose kick has come and gone.
+                return Back { value: EXIT_RESYNC, bits: Back::LEAVE };
+            }
             e.go()
         }
         Ok(Step::Halt) => {
