@@ -78,7 +78,7 @@ struct Run {
     /// Where the serial port goes: stdio, null or file=PATH [default: stdio]
     #[arg(long, value_parser = config::parse_serial)]
     serial: Option<SerialConfig>,
-    /// A disk: path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,queues=N][,direct=on][,transport=pci|mmio|pv]; repeatable
+    /// A disk: path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,queues=N][,direct=on][,backing=on][,transport=pci|mmio|pv]; repeatable
     #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<DiskConfig>("--disk", None, s))]
     disk: Vec<DiskConfig>,
     /// A network card: user[,hostfwd=tcp:ADDRESS:PORT-:PORT] or tap=NAME or passt=SOCKET[,mac=MAC][,queues=N]; repeatable

@@ -6,10 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use virtio::Device;
+use virtio::devices::block::image::{Image, OpenImage, Qcow2Image, Raw};
+use virtio::devices::block::{Block, BlockOptions, MAX_QUEUES, SERIAL_LEN};
 use virtio::devices::entropy::Entropy;
 
 use crate::chipset::{Chipset, MmioSlot};
-use crate::config::devices::{DevicesConfig, TransportKind};
+use crate::config::devices::{DevicesConfig, DiskConfig, DiskFormat, TransportKind};
 use crate::memory::GuestRam;
 
 /// Why a device cannot be had.
@@ -25,6 +27,12 @@ pub enum PeripheralError {
         /// The host's reason.
         why: io::Error,
     },
+    /// A number of queues that is not possible.
+    #[error("a {0} cannot have {1} queues; give it from 1 to {2}")]
+    Queues(&'static str, u16, u16),
+    /// A serial number that does not fit.
+    #[error("the serial number \"{0}\" is too long; a disk's has at most {max} bytes", max = SERIAL_LEN)]
+    Serial(String),
     /// No room, thread or descriptor.
     #[error("a device cannot be added ({0}); leave some devices out or raise the host's limits")]
     Host(io::Error),
@@ -43,6 +51,9 @@ pub struct Placed {
 /// See [`PeripheralError`].
 pub fn add(cfg: &DevicesConfig, mem: &GuestRam, chipset: &Arc<Chipset>) -> Result<Placed, PeripheralError> {
     let mut machine = Machine { mem, chipset, placed: Placed::default() };
+    for disk in &cfg.disk {
+        machine.add(Box::new(block(disk)?), disk.transport)?;
+    }
     if let Some(rng) = &cfg.rng {
         let source = File::open(&rng.src).map_err(|e| file_error("source of entropy", &rng.src, e))?;
         machine.add(Box::new(Entropy::new(source)), rng.transport)?;
@@ -66,6 +77,23 @@ impl Machine<'_> {
         }
         .map_err(PeripheralError::Host)
     }
+}
+
+fn block(cfg: &DiskConfig) -> Result<Block, PeripheralError> {
+    if cfg.queues == 0 || cfg.queues > MAX_QUEUES {
+        return Err(PeripheralError::Queues("disk", cfg.queues, MAX_QUEUES));
+    }
+    if let Some(serial) = cfg.serial.as_ref().filter(|s| s.len() > SERIAL_LEN) {
+        return Err(PeripheralError::Serial(serial.clone()));
+    }
+    let how = OpenImage { readonly: cfg.readonly, direct: cfg.direct, backing: cfg.backing };
+    let image: io::Result<Box<dyn Image>> = match cfg.format {
+        None | Some(DiskFormat::Raw) => Raw::open(&cfg.path, how).map(|i| Box::new(i) as _),
+        Some(DiskFormat::Qcow2) => Qcow2Image::open(&cfg.path, how).map(|i| Box::new(i) as _),
+    };
+    let image = image.map_err(|e| file_error("disk", &cfg.path, e))?;
+    let serial = cfg.serial.clone().unwrap_or_default();
+    Ok(Block::new(image, &BlockOptions { readonly: cfg.readonly, serial, queues: cfg.queues }))
 }
 
 fn file_error(what: &'static str, path: &Path, why: io::Error) -> PeripheralError {

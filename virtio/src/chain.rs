@@ -113,6 +113,11 @@ impl Chain {
         self.head
     }
 
+    /// Guest memory.
+    pub fn mem(&self) -> &GuestRam {
+        &self.mem
+    }
+
     /// Bytes that can still be read.
     pub fn readable_len(&self) -> u32 {
         self.parts[self.next_read..self.readable].iter().map(|p| p.len).sum()

@@ -54,6 +54,9 @@ pub struct DiskConfig {
     /// Number of request queues.
     #[serde(default = "one", deserialize_with = "number")]
     pub queues: u16,
+    /// Whether the backing file that a qcow2 image names may be opened; only for images that are trusted.
+    #[serde(default, deserialize_with = "flag")]
+    pub backing: bool,
     /// Whether to go past the host's page cache.
     #[serde(default, deserialize_with = "flag")]
     pub direct: bool,

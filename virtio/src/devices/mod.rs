@@ -1,3 +1,11 @@
 //! The devices.
 
+pub mod block;
 pub mod entropy;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks, whatever happened to a thread that held the lock before: device state is plain data and stays usable.
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
