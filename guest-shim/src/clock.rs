@@ -9,6 +9,7 @@
 use crate::cpu;
 use crate::platform::Platform;
 use crate::vcpu::Vcpu;
+use core::mem::MaybeUninit;
 use core::sync::atomic::{AtomicU32, Ordering::Acquire, Ordering::Relaxed, fence};
 use pv_abi::cpuid;
 use pv_abi::feature::Feature;
@@ -57,15 +58,22 @@ impl Vcpu<'_> {
 /// (the TSC) belongs to the same copy.
 ///
 /// # Safety
-/// `at` points to a `T` whose first field is the sequence number, readable all the time, written by nobody but the hypervisor.
+/// `at` points to a `T` whose first field is the sequence number, readable all the time, written by nobody but the hypervisor. Any bits are a value of `T`.
 #[inline]
 unsafe fn read_sequenced<T: Copy, R>(at: *const T, f: impl Fn(&T) -> R) -> R {
+    const { assert!(align_of::<T>() == 8 && size_of::<T>().is_multiple_of(8), "it can be copied in words") };
     // SAFETY: the first field is a u32, which is aligned in an aligned structure.
     let sequence = unsafe { AtomicU32::from_ptr(at.cast_mut().cast()) };
     loop {
         let before = sequence.load(Acquire);
-        // SAFETY: readable; a copy that was torn is thrown away below, and any bits are a value of the ABI's structures.
-        let result = f(&unsafe { at.read_volatile() });
+        let mut copy = MaybeUninit::<T>::uninit();
+        // Word by word: a volatile copy of the whole would become a call of memcpy.
+        for n in 0..size_of::<T>() / 8 {
+            // SAFETY: within the structure and its copy. A copy that was torn is thrown away below.
+            unsafe { copy.as_mut_ptr().cast::<u64>().add(n).write(at.cast::<u64>().add(n).read_volatile()) };
+        }
+        // SAFETY: all words were written, and any bits are a value.
+        let result = f(unsafe { copy.assume_init_ref() });
         fence(Acquire);
         if before & 1 == 0 && sequence.load(Relaxed) == before {
             return result;

@@ -21,6 +21,7 @@ mod task_boots;
 mod task_check;
 mod task_demo;
 mod task_guests;
+mod task_measure;
 mod task_test;
 
 use clap::{Parser, Subcommand};
@@ -47,6 +48,8 @@ enum Task {
     Boots(task_boots::Args),
     /// Write the C header and the tables of the specification from pv-abi
     Abi(task_abi::Args),
+    /// Measure what the paravirtual ABI gains, case by case, in time and exits
+    Measure(task_measure::Args),
     /// Measure, beside QEMU where it is installed
     Bench {
         #[command(subcommand)]
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Task::Guests(args) => task_guests::run(&args),
         Task::Boots(args) => task_boots::run(&args),
         Task::Abi(args) => task_abi::run(&args),
+        Task::Measure(args) => task_measure::run(&args),
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
         Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),
     };

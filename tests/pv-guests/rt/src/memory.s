@@ -2,10 +2,26 @@
 .text
 .global memcpy
 memcpy:
+    // Words, then bytes: most copies are short, and REP is slow for those everywhere.
     mov rax, rdi
     mov rcx, rdx
-    rep movsb
-    ret
+    shr rcx, 3
+    jz 7f
+6:  mov r8, [rsi]
+    mov [rdi], r8
+    add rsi, 8
+    add rdi, 8
+    dec rcx
+    jnz 6b
+7:  and edx, 7
+    jz 9f
+8:  mov r8b, [rsi]
+    mov [rdi], r8b
+    inc rsi
+    inc rdi
+    dec edx
+    jnz 8b
+9:  ret
 .global memmove
 memmove:
     mov rax, rdi
