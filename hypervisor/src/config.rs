@@ -117,6 +117,17 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
+    /// An option that only binary translation has, if one was given.
+    pub fn only_bt(&self) -> Option<&'static str> {
+        if self.profile.is_some() {
+            Some("--profile")
+        } else if self.perf_map.is_some() {
+            Some("--perf-map")
+        } else {
+            None
+        }
+    }
+
     /// Checks what depends on several options.
     ///
     /// # Errors

@@ -8,6 +8,8 @@ pub mod chipset;
 pub mod config;
 pub mod devices;
 pub mod engine;
+
+pub mod host;
 pub mod loader;
 pub mod memory;
 pub mod output;

@@ -1,6 +1,9 @@
 //! The command line: parse, then call in.
 
+mod doctor;
+
 use clap::{Args, Parser, Subcommand};
+use doctor::Doctor;
 use paravane::config::devices::{
     BalloonConfig, ConsoleConfig, DevicesConfig, DiskConfig, FsConfig, NetConfig, RngConfig, VsockConfig,
 };
@@ -26,6 +29,9 @@ enum Command {
     /// Start a kernel and run it until it powers off.
     #[command(after_help = EXIT_CODES)]
     Run(Run),
+    /// Say what this host offers, what each engine can do here, and which one "auto" takes.
+    #[command(after_help = doctor::AFTER_HELP)]
+    Doctor(Doctor),
 }
 
 const EXIT_CODES: &str = "\
@@ -134,7 +140,10 @@ struct Run {
 }
 
 fn main() -> ExitCode {
-    let Command::Run(r) = Cli::parse().command;
+    let r = match Cli::parse().command {
+        Command::Run(r) => r,
+        Command::Doctor(d) => return d.run(),
+    };
     let cfg = match config(r) {
         Ok(cfg) => cfg,
         Err(e) => {

@@ -162,7 +162,7 @@ impl Outcome {
 /// See [`VmError`].
 pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     cfg.validate()?;
-    let (kind, reason) = engine::choose(cfg.engine)?;
+    let (kind, reason) = engine::choose(cfg.engine, cfg.only_bt());
     if kind == EngineKind::Kvm && kvm::emulates_ring0() {
         warn("this host's KVM only emulates ring 0, so a kernel runs slowly and may fail; --engine bt is faster here");
     }
@@ -237,7 +237,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     drop(terminal);
     let ran = ran.map_err(|_| VmError::Defect)?;
     if cfg.stats {
-        print_stats(format, (kind, reason), ran_for, &ran.counters);
+        print_stats(format, (kind, &reason), ran_for, &ran.counters);
     }
     if let (Some(to), Some(profile)) = (profiling, &ran.profile) {
         to.report(profile)?;

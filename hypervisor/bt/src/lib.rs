@@ -32,6 +32,7 @@ mod handover;
 mod perf_map;
 mod profile;
 mod regs;
+mod requirements;
 mod softmmu;
 mod state;
 mod stats;
@@ -41,4 +42,5 @@ mod vcpu;
 mod window;
 
 pub use profile::{Cause, Profile, ProfileEntry};
+pub use requirements::{Requirement, requirements};
 pub use vcpu::{BtConfig, BtError, BtKick, BtVcpu, GuestRam, Windows};

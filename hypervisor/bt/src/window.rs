@@ -311,6 +311,18 @@ fn reserve() -> bool {
     true
 }
 
+/// Whether both windows' addresses can be had; takes nothing.
+pub(crate) fn room() -> bool {
+    let high = reserve();
+    if high {
+        // SAFETY: what was just reserved, and nobody has been told of.
+        unsafe {
+            libc::munmap(HIGH_RESERVED.start as *mut libc::c_void, (HIGH_RESERVED.end - HIGH_RESERVED.start) as usize);
+        }
+    }
+    high && StateMemory::new().is_ok_and(|m| m.span() >= LOW_SPAN)
+}
+
 /// Root and PCID in effect.
 fn space(st: &CpuState) -> (u64, u64) {
     (st.cr3 & ADDRESS, if st.cr4 & cr4::PCIDE != 0 { st.cr3 & 0xfff } else { 0 })

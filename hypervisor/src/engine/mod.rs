@@ -7,6 +7,10 @@ mod bt;
 pub mod kvm;
 
 use crate::devices::control::Kick;
+use crate::host;
+use crate::host::cache::Cache;
+use crate::host::report::EngineName;
+use crate::host::sources::Sources;
 use crate::memory::GuestRam;
 use crate::pv::{Entry, Offer, PvConfig};
 use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
@@ -95,15 +99,21 @@ pub struct MachineInfo {
     pub hypervisor_leaves: Vec<(u32, [u32; 4])>,
 }
 
-/// Decides for an engine; gives the reason too, for the user to read.
+/// Decides for an engine; gives the reason too, for the user to read. `only_bt` names an option that only binary translation has.
 ///
-/// # Errors
-/// When the user insists on one that this host or build does not have.
-pub fn choose(kind: EngineKind) -> Result<(EngineKind, &'static str), EngineError> {
-    match kind {
-        EngineKind::Auto => Ok((EngineKind::Bt, "binary translation is the only engine of this version")),
-        EngineKind::Bt => Ok((EngineKind::Bt, "asked for")),
-        EngineKind::Kvm => Ok((EngineKind::Kvm, "asked for")),
+/// This is the only place of the decision; what `auto` does follows from [`host::choose`].
+pub fn choose(kind: EngineKind, only_bt: Option<&str>) -> (EngineKind, String) {
+    match (kind, only_bt) {
+        (EngineKind::Bt | EngineKind::Kvm, _) => (kind, "asked for".into()),
+        (EngineKind::Auto, Some(option)) => (EngineKind::Bt, format!("{option} is about translated code")),
+        (EngineKind::Auto, None) => {
+            let choice = host::choose(&Sources::host(), &Cache::user());
+            let kind = match choice.engine {
+                EngineName::Kvm => EngineKind::Kvm,
+                EngineName::Bt => EngineKind::Bt,
+            };
+            (kind, choice.reason)
+        }
     }
 }
 
