@@ -14,12 +14,24 @@ use crate::shim::Shim;
 use pv_abi::feature::Feature;
 use pv_abi::memory::{Operation, Update};
 
+/// Room for one update. Arrays of updates begin at multiples of 16 (`specs/memory.md`), which this type sees to.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C, align(16))]
+pub struct Slot(Update);
+
+impl Slot {
+    /// Room without an update.
+    pub const EMPTY: Self = Self(Update { target: 0, value: 0 });
+}
+
+const _: () = assert!(size_of::<Slot>() == size_of::<Update>());
+
 /// Updates that are under way. See the module's text.
 #[derive(Debug)]
 #[must_use = "updates are made when it is flushed or dropped"]
 pub struct Batch<'a> {
     calls: Option<Hypercalls>,
-    updates: &'a mut [Update],
+    slots: &'a mut [Slot],
     /// Guest-physical address of the array.
     gpa: u64,
     len: usize,
@@ -30,11 +42,11 @@ pub struct Batch<'a> {
 impl<'a> Batch<'a> {
     /// A batch that collects in `buffer`, which must be contiguous in guest-physical memory. More than [`crate::Limits::elements`] of it are not used;
     /// with an empty one, updates are made natively.
-    pub fn new(shim: &Shim, buffer: &'a mut [Update]) -> Self {
+    pub fn new(shim: &Shim, buffer: &'a mut [Slot]) -> Self {
         let fits = buffer.len().min(shim.limits.elements as usize);
         let calls = shim.calls_for(Feature::PageTables).filter(|_| fits > 0);
         let gpa = if calls.is_some() { (shim.platform.to_gpa)(buffer.as_ptr() as u64) } else { 0 };
-        Self { calls, updates: &mut buffer[..fits], gpa, len: 0, to_linear: shim.platform.to_linear, refused: 0 }
+        Self { calls, slots: &mut buffer[..fits], gpa, len: 0, to_linear: shim.platform.to_linear, refused: 0 }
     }
 
     /// Stores `value` into the page-table entry at guest-physical address `entry`, a multiple of 8.
@@ -102,10 +114,10 @@ impl<'a> Batch<'a> {
             // SAFETY: handed on to the caller.
             return unsafe { apply(&update, self.to_linear) };
         }
-        if self.len == self.updates.len() {
+        if self.len == self.slots.len() {
             self.flush();
         }
-        self.updates[self.len] = update;
+        self.slots[self.len] = Slot(update);
         self.len += 1;
     }
 
@@ -114,9 +126,9 @@ impl<'a> Batch<'a> {
         let (Some(calls), waiting) = (self.calls, core::mem::take(&mut self.len)) else { return };
         let (gpa, to_linear) = (self.gpa, self.to_linear);
         self.refused += drain(
-            &self.updates[..waiting],
+            &self.slots[..waiting],
             // SAFETY: each update was promised to be right; the array is in memory at `gpa`.
-            |from, count| unsafe { calls.update_pages(gpa + (from * size_of::<Update>()) as u64, count as u64) },
+            |from, count| unsafe { calls.update_pages(gpa + (from * size_of::<Slot>()) as u64, count as u64) },
             // SAFETY: as above.
             |update| unsafe { apply(update, to_linear) },
         );
@@ -131,7 +143,7 @@ impl Drop for Batch<'_> {
 
 /// Has `updates` made by `call`, which is given the first and the number of those that remain, and by `native` where that fails. Gives how often it did.
 fn drain(
-    updates: &[Update],
+    updates: &[Slot],
     mut call: impl FnMut(usize, usize) -> Result<u64, Partial>,
     mut native: impl FnMut(&Update),
 ) -> u64 {
@@ -144,7 +156,7 @@ fn drain(
         next = updates.len().min(next.saturating_add(usize::try_from(done).unwrap_or(usize::MAX)));
         // A hypervisor that does nothing and reports success would be called for ever.
         if (failed || done == 0) && next < updates.len() {
-            native(&updates[next]);
+            native(&updates[next].0);
             next += 1;
             refused += 1;
         }
@@ -210,8 +222,8 @@ mod tests {
 
     const N: usize = 10;
 
-    fn updates() -> [Update; N] {
-        core::array::from_fn(|n| Update::set_entry(8 * n as u64, n as u64))
+    fn updates() -> [Slot; N] {
+        core::array::from_fn(|n| Slot(Update::set_entry(8 * n as u64, n as u64)))
     }
 
     /// Runs `drain` with a hypervisor that answers as told; gives who made each update, in order (true: natively), and the count.

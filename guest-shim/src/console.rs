@@ -71,31 +71,32 @@ impl Shim {
         ((self.platform.to_gpa)(address), (bytes as u64).min(in_page).min(limit))
     }
 
-    /// Tells the hypervisor that nobody needs the contents of these pages: they may read as anything until they are written. `ranges` must be
-    /// contiguous in guest-physical memory. Gives how many ranges it made use of.
+    /// Tells the hypervisor that nobody needs the contents of these pages: they may read as anything until they are written. Gives how many ranges it
+    /// made use of.
     ///
     /// # Safety
     /// Nobody needs them.
     pub unsafe fn free_pages(&self, ranges: &[FreeRange]) -> usize {
+        /// As many as lie in one page wherever they are; arrays begin at multiples of 16.
+        #[repr(align(512))]
+        struct Piece([FreeRange; 32]);
         let Some(calls) = self.calls_for(Feature::FreePages) else { return 0 };
-        let mut used = 0;
-        let mut next = 0;
+        let mut piece = Piece([FreeRange::default(); 32]);
+        let (mut used, mut next) = (0, 0);
         while next < ranges.len() {
-            let count = (ranges.len() - next).min(self.limits.elements as usize);
-            let gpa = (self.platform.to_gpa)(&raw const ranges[next] as u64);
+            let count = (ranges.len() - next).min(piece.0.len()).min(self.limits.elements as usize);
+            piece.0[..count].copy_from_slice(&ranges[next..next + count]);
+            let gpa = (self.platform.to_gpa)(&raw const piece as u64);
             // SAFETY: handed on to the caller.
-            match unsafe { calls.free_pages(gpa, count as u64) } {
-                Ok(done @ 1..) => {
-                    used += done as usize;
-                    next += done as usize;
-                }
+            let (done, skip) = match unsafe { calls.free_pages(gpa, count as u64) } {
                 Ok(0) => break,
+                Ok(done) => (done, 0),
                 // A hint that is refused is skipped.
-                Err(partial) => {
-                    used += partial.done as usize;
-                    next += partial.done as usize + 1;
-                }
-            }
+                Err(partial) => (partial.done, 1),
+            };
+            let done = count.min(usize::try_from(done).unwrap_or(count));
+            used += done;
+            next += done + skip;
         }
         used
     }

@@ -64,7 +64,7 @@ pub mod vcpu;
 #[cfg(feature = "virtio-drivers")]
 pub mod virtio;
 
-pub use batch::Batch;
+pub use batch::{Batch, Slot};
 pub use hypercall::{CodeSlot, Hypercalls, Vcpus};
 pub use irq::IrqGuard;
 pub use platform::Platform;

@@ -5,9 +5,9 @@ use crate::machine::{Form, Machine, VECTOR, arrived};
 use guest_rt::apic::{Apic, register};
 use guest_rt::paging::{PAGES, PRESENT_WRITABLE, Window};
 use guest_rt::{Page, cpu, info, println};
-use guest_shim::{Batch, Vcpus};
+use guest_shim::{Batch, Slot, Vcpus};
 use pv_abi::feature::{Feature, Features};
-use pv_abi::memory::{FreeRange, Update};
+use pv_abi::memory::FreeRange;
 use virtio_drivers::transport::Transport;
 
 /// What a case runs with.
@@ -134,8 +134,8 @@ static mut PAIR: [Page; 2] = [const { Page::ZERO }; 2];
 fn rounds(run: &Run<'_>, mut after: impl FnMut()) -> Outcome {
     // A page of updates fits in every hypervisor's limit and lies in one piece.
     #[repr(align(4096))]
-    struct Buffer([Update; 256]);
-    static mut BUFFER: Buffer = Buffer([Update { target: 0, value: 0 }; 256]);
+    struct Buffer([Slot; 256]);
+    static mut BUFFER: Buffer = Buffer([Slot::EMPTY; 256]);
     let pages = [0, 1].map(|n| &raw const PAIR as u64 + 4096 * n);
     let rounds = run.count.div_ceil(PAGES as u64);
     let buffer = &raw mut BUFFER;

@@ -6,8 +6,8 @@ use core::ptr::{read_volatile, write_volatile};
 use guest_rt::paging::{PRESENT_WRITABLE, Window};
 use guest_rt::{Page, cpu, info, println};
 use guest_shim::smp::Flush;
-use guest_shim::{Batch, Vcpus};
-use pv_abi::memory::{FreeRange, Update};
+use guest_shim::{Batch, Slot, Vcpus};
+use pv_abi::memory::FreeRange;
 
 /// Nanoseconds of a second.
 const SECOND: u64 = 1_000_000_000;
@@ -47,7 +47,7 @@ fn page_tables(machine: &Machine, window: &Window) {
         window.map(9, a | PRESENT_WRITABLE);
         assert_eq!(read_volatile(at as *const u64), 0xa);
         // A buffer of three overflows at the fourth update.
-        let mut buffer = [Update::default(); 3];
+        let mut buffer = [Slot::EMPTY; 3];
         {
             let mut batch = Batch::new(machine.shim, &mut buffer);
             for n in 10..12 {
