@@ -87,7 +87,7 @@ struct Run {
     /// A disk: path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,queues=N][,direct=on][,backing=on][,transport=pci|mmio|pv]; repeatable
     #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<DiskConfig>("--disk", None, s))]
     disk: Vec<DiskConfig>,
-    /// A network card: user[,hostfwd=tcp:ADDRESS:PORT-:PORT] or tap=NAME or passt=SOCKET[,mac=MAC][,queues=N]; repeatable
+    /// A network card: user[,hostfwd=tcp:ADDRESS:PORT-:PORT][,restrict=on] or tap=NAME or passt=SOCKET[,mac=MAC][,queues=N]; repeatable
     #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<NetConfig>("--net", Some("mode"), s))]
     net: Vec<NetConfig>,
     /// Random numbers for the guest [src=FILE]

@@ -1,5 +1,7 @@
 //! The virtio devices that a user asks for: made from their configuration and put into the machine.
 
+mod net;
+
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -33,6 +35,9 @@ pub enum PeripheralError {
     /// A serial number that does not fit.
     #[error("the serial number \"{0}\" is too long; a disk's has at most {max} bytes", max = SERIAL_LEN)]
     Serial(String),
+    /// A network card's options or its other end.
+    #[error("a network card cannot be made: {0}")]
+    Net(String),
     /// No room, thread or descriptor.
     #[error("a device cannot be added ({0}); leave some devices out or raise the host's limits")]
     Host(io::Error),
@@ -53,6 +58,9 @@ pub fn add(cfg: &DevicesConfig, mem: &GuestRam, chipset: &Arc<Chipset>) -> Resul
     let mut machine = Machine { mem, chipset, placed: Placed::default() };
     for disk in &cfg.disk {
         machine.add(Box::new(block(disk)?), disk.transport)?;
+    }
+    for (index, card) in cfg.net.iter().enumerate() {
+        machine.add(Box::new(net::net(card, index)?), card.transport)?;
     }
     if let Some(rng) = &cfg.rng {
         let source = File::open(&rng.src).map_err(|e| file_error("source of entropy", &rng.src, e))?;

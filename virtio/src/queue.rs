@@ -79,6 +79,8 @@ pub struct Queue {
     signal: Signal,
     indirect: bool,
     event_idx: bool,
+    /// The used index when the driver was last told of it.
+    signalled: u16,
 }
 
 impl Queue {
@@ -108,7 +110,7 @@ impl Queue {
             return Err(QueueError::Ring);
         }
         let indirect = features & feature::INDIRECT != 0;
-        Ok(Self { index, ring, mem, bell, signal, indirect, event_idx })
+        Ok(Self { index, ring, mem, bell, signal, indirect, event_idx, signalled: 0 })
     }
 
     /// Its number.
@@ -163,10 +165,28 @@ impl Queue {
     /// # Errors
     /// [`QueueError::DescriptorIndex`] for a chain of some other queue.
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.ring.add_used(&*self.mem, head, written).map_err(|e| match e {
-            virtio_queue::Error::InvalidDescriptorIndex => QueueError::DescriptorIndex,
-            _ => QueueError::Ring,
-        })
+        self.complete_all(&[(head, written)])
+    }
+
+    /// Gives several chains back at once: the driver sees none of them or all. A frame that is spread over several
+    /// buffers needs that (section 5.1.6.4).
+    ///
+    /// # Errors
+    /// [`QueueError::DescriptorIndex`] for a chain of some other queue.
+    pub fn complete_all(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let (used, mut next) = (self.ring.used_ring(), self.ring.next_used());
+        for &(head, written) in chains {
+            if head >= self.ring.size() {
+                return Err(QueueError::DescriptorIndex);
+            }
+            // Flags and index come first; an element is a head and a length of four bytes each (section 2.7.8).
+            let element = used + 4 + 8 * u64::from(next % self.ring.size());
+            let value = u64::from(head).to_le() | (u64::from(written) << 32).to_le();
+            self.mem.write_obj(value, GuestAddress(element)).map_err(|_| QueueError::Ring)?;
+            next = next.wrapping_add(1);
+        }
+        self.ring.set_next_used(next);
+        self.mem.store(next.to_le(), GuestAddress(used + 2), Ordering::Release).map_err(|_| QueueError::Ring)
     }
 
     /// Interrupts the driver if it wants to know of what was completed since the last time.
@@ -174,15 +194,19 @@ impl Queue {
     /// # Errors
     /// Never for rings in RAM.
     pub fn signal(&mut self) -> Result<(), QueueError> {
+        // The driver says what it wants, then looks at the used ring; we wrote that ring before we look at what it says.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let available = self.ring.avail_ring();
+        let read = |at| self.mem.load::<u16>(GuestAddress(at), Ordering::Relaxed).map_err(|_| QueueError::Ring);
+        let (new, old) = (self.ring.next_used(), self.signalled);
+        self.signalled = new;
         let wanted = if self.event_idx {
-            self.ring.needs_notification(&*self.mem).map_err(|_| QueueError::Ring)?
+            // used_event follows the ring; an interrupt is due when the index has passed it (section 2.7.10).
+            let event = u16::from_le(read(available + 4 + 2 * u64::from(self.ring.size()))?);
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {
-            // VIRTQ_AVAIL_F_NO_INTERRUPT (section 2.7.7), which the crate leaves to us. The driver sets it, then looks at
-            // the used ring; we wrote that ring before we look at the flag.
-            std::sync::atomic::fence(Ordering::SeqCst);
-            let flags: u16 =
-                self.mem.load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed).map_err(|_| QueueError::Ring)?;
-            u16::from_le(flags) & 1 == 0
+            // VIRTQ_AVAIL_F_NO_INTERRUPT (section 2.7.7).
+            new != old && u16::from_le(read(available)?) & 1 == 0
         };
         if wanted {
             self.signal.queue(self.index);

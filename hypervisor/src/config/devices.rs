@@ -92,6 +92,9 @@ pub struct NetConfig {
     /// Forwarded ports, each `tcp:ADDRESS:PORT-[ADDRESS]:PORT`.
     #[serde(default, deserialize_with = "texts")]
     pub hostfwd: Vec<String>,
+    /// Whether the guest is kept from reaching anything outside; forwarded ports still lead in.
+    #[serde(default, deserialize_with = "flag")]
+    pub restrict: bool,
     /// The guest's hardware address.
     pub mac: Option<String>,
     /// Number of pairs of queues.

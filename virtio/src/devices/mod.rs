@@ -2,6 +2,7 @@
 
 pub mod block;
 pub mod entropy;
+pub mod net;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
