@@ -114,6 +114,20 @@ impl Stage {
         command
     }
 
+    /// A copy of a disk that the program may write, sparse as the disk is.
+    ///
+    /// # Panics
+    /// It cannot be copied or given away.
+    pub fn disk(&self, disk: &Path) -> PathBuf {
+        let copy = self.folder.join("disk");
+        let status = Command::new("cp").arg("--sparse=always").arg(disk).arg(&copy).status();
+        assert!(status.is_ok_and(|status| status.success()), "{} cannot be copied", disk.display());
+        if is_root() {
+            std::os::unix::fs::chown(&copy, Some(NOBODY), Some(NOBODY)).expect("root can give files away");
+        }
+        copy
+    }
+
     /// Names of the files that the program left in its working directory.
     ///
     /// # Panics

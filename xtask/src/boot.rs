@@ -38,6 +38,13 @@ pub(crate) fn paravane_with(
     command
 }
 
+/// The value of `--disk` for a raw image.
+pub(crate) fn disk_option(disk: &Path) -> std::ffi::OsString {
+    let mut option = std::ffi::OsString::from("path=");
+    option.push(disk);
+    option
+}
+
 /// The command that boots the same guest under QEMU's emulator.
 pub(crate) fn qemu(kernel: &Path, initrd: &Path, cmdline: &str) -> Command {
     qemu_with(MEMORY, kernel, initrd, cmdline)

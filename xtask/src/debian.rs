@@ -22,6 +22,7 @@ use crate::apt;
 use crate::cpio::Archive;
 use crate::host::{self, Doing, Failure, Result};
 use crate::task_guests::{self, Guests, Work};
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -93,6 +94,28 @@ impl Debian {
     /// The private SSH key for root's account.
     pub(crate) fn key(&self) -> PathBuf {
         self.folder.join("id_ed25519")
+    }
+
+    /// A copy of the disk in `place`, sparse as the disk is.
+    ///
+    /// # Errors
+    /// The copy cannot be written.
+    pub(crate) fn copy_disk(&self, place: &Path) -> Result<()> {
+        let mut copy = Command::new("cp");
+        copy.args(["--sparse=always", "--reflink=auto"]).arg(self.disk()).arg(place);
+        host::output(&mut copy).map(drop)
+    }
+
+    /// The words of an ssh command that logs in as root at a port of the host's loopback and asks nothing.
+    pub(crate) fn ssh(&self, port: u16) -> Vec<OsString> {
+        let mut words: Vec<OsString> = ["ssh", "-p", &port.to_string(), "-i"].map(OsString::from).into();
+        words.push(self.key().into());
+        // Each disk has a host key of its own; on the loopback nobody stands in between.
+        for option in ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"] {
+            words.extend(["-o".into(), option.into()]);
+        }
+        words.push("root@127.0.0.1".into());
+        words
     }
 }
 

@@ -17,6 +17,7 @@ mod initramfs;
 mod task_abi;
 mod task_bench_boot;
 mod task_bench_compute;
+mod task_bench_debian;
 mod task_boots;
 mod task_check;
 mod task_demo;
@@ -63,6 +64,8 @@ enum Bench {
     Boot(task_bench_boot::Args),
     /// A fixed set of loops, system work and programs on the host, under Paravane and under QEMU's emulator
     Compute(task_bench_compute::Args),
+    /// A Debian disk: time to login, disk and network throughput, alternating with QEMU's emulator
+    Debian(task_bench_debian::Args),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Task::Measure(args) => task_measure::run(&args),
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
         Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),
+        Task::Bench { what: Bench::Debian(args) } => task_bench_debian::run(&args),
     };
     match outcome {
         Ok(code) => code,

@@ -148,7 +148,7 @@ impl Work {
 
     /// Moves a finished folder into the cache, in place of an incomplete one. Another process that finished first has
     /// made the same.
-    fn finish(&self, ready: &Path, name: &str) -> Result<()> {
+    pub(crate) fn finish(&self, ready: &Path, name: &str) -> Result<()> {
         let place = self.cache.join(name);
         if place.exists() && !complete(&self.cache, name) {
             fs::rename(&place, self.path(&format!("old-{name}"))).doing(format!("cannot replace {}", shown(&place)))?;

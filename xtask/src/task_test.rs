@@ -4,7 +4,7 @@
 //! it is installed, plain `cargo test` when not. The last line is always `N passed, N failed, N skipped`.
 
 use crate::host::{self, Doing, Failure, Result};
-use crate::{task_check, task_guests};
+use crate::{debian, task_check, task_guests};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
@@ -56,6 +56,14 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         task_check::checks()?;
     }
     task_guests::fetch()?;
+    if host::has_tool("mmdebstrap") {
+        debian::fetch()?;
+    } else {
+        eprintln!(
+            "tests with a Debian disk will be skipped: mmdebstrap is not installed; get it with `apt-get install \
+             mmdebstrap fakechroot fakeroot`"
+        );
+    }
     if !host::has_tool("qemu-system-x86_64") {
         eprintln!(
             "tests that compare with QEMU will be skipped: qemu-system-x86_64 is not installed; get it with `apt-get \
