@@ -181,10 +181,14 @@ fn parsed(output: &str) -> Run {
 
 /// Counts per operation, without those of an empty run: all exits, and their parts in words.
 fn exits(run: &Run, empty: &Run) -> (f64, String) {
+    if run.ns.is_none() {
+        return (0.0, "-".to_owned());
+    }
     let per_operation = |name: &str| {
         let of = |r: &Run| r.counters.get(name).copied().unwrap_or(0.0);
-        // A case translates a little code of its own, which is not worth a digit.
-        ((of(run) - of(empty)) / run.operations.max(1.0) * 100.0).round() / 100.0
+        // A case prints its result, which is not worth a digit.
+        let count = ((of(run) - of(empty)) / run.operations.max(1.0) * 100.0).round() / 100.0;
+        if count <= 0.01 && name != "hypercalls" && name != "instructions emulated" { 0.0 } else { count }
     };
     let mut words = Vec::new();
     for (name, short) in EXITS.iter().chain(PARTS) {
@@ -192,6 +196,9 @@ fn exits(run: &Run, empty: &Run) -> (f64, String) {
         if count > 0.0 {
             words.push(format!("{short} {count}"));
         }
+    }
+    if words.is_empty() {
+        words.push("none".to_owned());
     }
     (EXITS.iter().map(|(name, _)| per_operation(name).max(0.0)).sum(), words.join(", "))
 }

@@ -6,6 +6,7 @@ use crate::dispatch::EXIT_RESYNC;
 use crate::engine::Engine;
 use crate::profile::Cause;
 use crate::softmmu::Resolved;
+use crate::vcpu::Emulating;
 use iced_x86::Mnemonic;
 use paravane_cpu::cpuid::Vendor;
 use paravane_cpu::state::cr0;
@@ -164,7 +165,11 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
         _ => {}
     }
     st.rip = i.ip();
-    match emulate::step(st, e, &i) {
+    let outcome = {
+        let _own = Emulating::new(e.state);
+        emulate::step(st, e, &i)
+    };
+    match outcome {
         Ok(Step::Next) if !ends && (e.tables.blocks[block].live || mode.alone()) => {
             if e.events_wait() && !stepping {
                 return Back { value: EXIT_RESYNC, bits: Back::LEAVE };

@@ -8,6 +8,7 @@ use crate::state::{BtState, PollPage};
 use crate::window::LOW_SPAN;
 use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
+use std::cell::Cell;
 use std::fmt;
 use std::mem::offset_of;
 use std::ptr::NonNull;
@@ -166,6 +167,9 @@ impl StateMemory {
     pub(crate) fn kick(&self) {
         let (request, in_tc, armed) = self.atomics();
         request.store(1, SeqCst);
+        if EMULATING.get() == self.ptr() {
+            return;
+        }
         if in_tc.load(SeqCst) != 0 && armed.swap(1, SeqCst) == 0 {
             self.protect_poll(true);
         }
@@ -199,6 +203,28 @@ impl StateMemory {
     /// Whether somebody wants the vCPU's attention.
     pub(crate) fn requested(&self) -> bool {
         self.atomics().0.load(SeqCst) != 0
+    }
+}
+
+thread_local! {
+    /// The state of the vCPU for which this thread carries out an instruction, or null.
+    static EMULATING: Cell<*mut BtState> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// While this exists, kicks of the vCPU by its own thread only leave the request: whoever makes one looks at it before translated code
+/// goes on. Protecting and unprotecting the poll page would cost microseconds, and an interrupt that a guest sends to itself has no need of it.
+pub(crate) struct Emulating;
+
+impl Emulating {
+    pub(crate) fn new(state: *mut BtState) -> Self {
+        EMULATING.set(state);
+        Self
+    }
+}
+
+impl Drop for Emulating {
+    fn drop(&mut self) {
+        EMULATING.set(std::ptr::null_mut());
     }
 }
 
