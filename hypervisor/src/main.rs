@@ -28,7 +28,7 @@ struct Cli {
 enum Command {
     /// Start a kernel and run it until it powers off.
     #[command(after_help = EXIT_CODES)]
-    Run(Run),
+    Run(Box<Run>),
     /// Say what this host offers, what each engine can do here, and which one "auto" takes.
     #[command(after_help = doctor::AFTER_HELP)]
     Doctor(Doctor),
@@ -141,7 +141,7 @@ struct Run {
 
 fn main() -> ExitCode {
     let r = match Cli::parse().command {
-        Command::Run(r) => r,
+        Command::Run(r) => *r,
         Command::Doctor(d) => return d.run(),
     };
     let cfg = match config(r) {

@@ -21,6 +21,7 @@ mod task_bench_debian;
 mod task_boots;
 mod task_check;
 mod task_demo;
+mod task_fuzz;
 mod task_guests;
 mod task_measure;
 mod task_test;
@@ -47,6 +48,11 @@ enum Task {
     Guests(task_guests::Args),
     /// Boot a stock kernel many times in a row and count the failures
     Boots(task_boots::Args),
+    /// Try random damage for as long as you like
+    Fuzz {
+        #[command(subcommand)]
+        what: Fuzz,
+    },
     /// Write the C header and the tables of the specification from pv-abi
     Abi(task_abi::Args),
     /// Measure what the paravirtual ABI gains, case by case, in time and exits
@@ -56,6 +62,12 @@ enum Task {
         #[command(subcommand)]
         what: Bench,
     },
+}
+
+#[derive(Subcommand)]
+enum Fuzz {
+    /// Load damaged vCPU states into live vCPUs and let them run
+    State(task_fuzz::Args),
 }
 
 #[derive(Subcommand)]
@@ -75,6 +87,7 @@ fn main() -> ExitCode {
         Task::Check => task_check::run(),
         Task::Guests(args) => task_guests::run(&args),
         Task::Boots(args) => task_boots::run(&args),
+        Task::Fuzz { what: Fuzz::State(args) } => task_fuzz::run(&args),
         Task::Abi(args) => task_abi::run(&args),
         Task::Measure(args) => task_measure::run(&args),
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),

@@ -3,6 +3,8 @@
 #![allow(unsafe_code, missing_docs, unreachable_pub)] // Guest code is assembled into the test binary and copied out.
 
 mod guest;
+mod hostile;
+mod linux;
 
 use guest::{END, Machine};
 use paravane::engine::{EngineKind, Windows};
@@ -130,7 +132,12 @@ fn back_to_an_earlier_state() {
     vcpu.load(&m.start).unwrap();
     let fresh = memory(&m);
     let running = RunningVcpu::start(0, vcpu, m.chipset.clone()).unwrap();
-    std::thread::sleep(Duration::from_millis(20));
+    // A busy machine may let it wait.
+    let began = Instant::now();
+    let changed = |m: &Machine| memory(m).iter().zip(&fresh).filter(|(a, b)| a != b).count();
+    while changed(&m) < 10_000 && began.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let (mut vcpu, how) = running.pause().unwrap();
     assert_eq!(how, Driven::Paused);
     assert!(vcpu.save().unwrap().gpr[15] < ROUNDS, "it has run");
