@@ -3,7 +3,8 @@
 
 use crate::engine::Engine;
 use paravane_cpu::cpuid::CpuidPolicy;
-use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome, TlbFlush};
+use paravane_cpu::mmu::Access;
+use paravane_cpu::{Bus, BusOutcome, CpuState, Env, Exception, HypercallOutcome, TlbFlush};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 impl Env for Engine {
@@ -60,6 +61,10 @@ impl Env for Engine {
                     .is_ok()
             }
         }
+    }
+
+    fn translate(&mut self, st: &CpuState, la: u64, access: Access) -> Result<u64, Exception> {
+        self.translate_through_tlb(st, la, access)
     }
 
     fn write_pte(&mut self, gpa: u64, value: u64) -> bool {

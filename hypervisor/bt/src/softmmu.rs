@@ -1,12 +1,13 @@
 //! Behind the soft TLB: fills, flushes, operands that cannot be reached in place, and stores into translated code.
 #![allow(unsafe_code)] // Copies between guest RAM and the bounce buffer.
 
-use crate::block::{BlockId, Site};
+use crate::block::{BlockId, Mode, Site};
 use crate::engine::Engine;
 use crate::profile::Cause;
 use crate::state::{JumpEntry, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
 use paravane_cpu::mmu::{self, Access, AccessKind};
-use paravane_cpu::{Env, Exception, Seg, ea};
+use paravane_cpu::state::{cr4, rflags};
+use paravane_cpu::{CpuState, Env, Exception, Seg, ea};
 
 /// Marks an empty soft-TLB entry.
 const NO_PAGE: u64 = u64::MAX;
@@ -104,12 +105,39 @@ impl Engine {
             };
         }
         let writable = s.write || (t.writable && t.dirty);
-        self.fill(la, page, hva as u64, t.global, writable, t.page_shift);
+        let view = crate::block::Mode(self.shared().mode).view();
+        self.fill(view, la, (page, hva as u64), t.global, writable, t.page_shift);
         Ok(Resolved::Filled)
     }
 
-    fn fill(&mut self, la: u64, page: u64, hva: u64, global: bool, writable: bool, shift: u8) {
-        let view = crate::block::Mode(self.shared().mode).view();
+    /// What emulated instructions and exception delivery ask: the soft TLB first, for stacks and descriptor tables stay where they are.
+    pub(crate) fn translate_through_tlb(&mut self, st: &CpuState, la: u64, access: Access) -> Result<u64, Exception> {
+        let view = if access.user {
+            Mode::VIEW_USER
+        } else if st.cr4 & cr4::SMAP != 0 && (access.implicit || st.rflags & rflags::AC == 0) {
+            Mode::VIEW_SMAP
+        } else {
+            Mode::VIEW_SUPER
+        } as usize;
+        let entry = &self.shared().tlb[view][(la >> 12) as usize & (TLB_ENTRIES - 1)];
+        let tag = match access.kind {
+            AccessKind::Read => entry.ntag_r,
+            AccessKind::Write => entry.ntag_w,
+            AccessKind::Execute => return Ok(mmu::walk(st, self, la, access)?.gpa),
+        };
+        if tag == (la & !0xfff).wrapping_neg() {
+            return Ok(entry.gpa & !0xfff | la & 0xfff);
+        }
+        let t = mmu::walk(st, self, la, access)?;
+        let page = t.gpa & !0xfff;
+        if let Some(hva) = self.ram.host(page, 4096) {
+            let writable = access.kind == AccessKind::Write || (t.writable && t.dirty);
+            self.fill(view, la, (page, hva as u64), t.global, writable, t.page_shift);
+        }
+        Ok(t.gpa)
+    }
+
+    fn fill(&mut self, view: usize, la: u64, (page, hva): (u64, u64), global: bool, writable: bool, shift: u8) {
         let n = (la >> 12) as usize & (TLB_ENTRIES - 1);
         let entry = &mut self.shared().tlb[view][n];
         let ntag = (la & !0xfff).wrapping_neg();

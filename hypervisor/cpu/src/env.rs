@@ -2,6 +2,8 @@
 //! its [`Env`] (one per vCPU, implemented by the engine).
 
 use crate::cpuid::CpuidPolicy;
+use crate::exit::Exception;
+use crate::mmu::{self, Access};
 use crate::snapshot::LapicState;
 use crate::state::CpuState;
 
@@ -128,6 +130,10 @@ pub trait Env {
     fn update_pte(&mut self, gpa: u64, bytes: u8, old: u64, new: u64) -> bool;
     /// Stores a page-table entry of 8 bytes, naturally aligned, with one store. `false` when the address is not RAM.
     fn write_pte(&mut self, gpa: u64, value: u64) -> bool;
+    /// Guest-physical address behind `la`, a canonical address as the mode has it, or the page fault. An engine with a TLB looks there first.
+    fn translate(&mut self, st: &CpuState, la: u64, access: Access) -> Result<u64, Exception> {
+        Ok(mmu::walk(st, self, la, access)?.gpa)
+    }
     /// The machine's bus.
     fn bus(&self) -> &dyn Bus;
     /// Drops cached translations.

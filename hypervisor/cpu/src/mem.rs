@@ -4,7 +4,7 @@
 //! memory and devices untouched. Outside 64-bit code linear addresses wrap at 4 GiB; in long mode an address that is not
 //! canonical is a general-protection fault (callers that owe the guest a stack fault instead check beforehand).
 
-use crate::mmu::{self, Access, AccessKind, is_canonical};
+use crate::mmu::{Access, AccessKind, is_canonical};
 use crate::{CpuState, Env, Exception};
 
 /// Page size in bytes, the unit in which accesses are split.
@@ -166,7 +166,7 @@ fn translate<E: Env + ?Sized>(st: &CpuState, env: &mut E, la: u64, access: Acces
     if st.long_mode() && !is_canonical(la) {
         return Err(Exception::GeneralProtection(0));
     }
-    Ok(mmu::walk(st, env, la, access)?.gpa)
+    env.translate(st, la, access)
 }
 
 /// A translated run of at most [`PIECE_PAGES`] pages.
