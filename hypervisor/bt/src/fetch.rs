@@ -407,7 +407,14 @@ impl Engine {
         let both_global = from.key.mode.has(Mode::GLOBAL) && to.key.mode.has(Mode::GLOBAL);
         let windowed = from.key.mode.has(Mode::WINDOW) && to.key.mode.has(Mode::WINDOW);
         if !same_page && windowed {
-            self.window.note_link(exit);
+            let page = to.key.rip & !0xfff;
+            let next = to.second_page.map(|_| page.wrapping_add(4096));
+            for page in [Some(page), next].into_iter().flatten() {
+                if !self.window.note_link(exit, page) {
+                    self.unlink_page(page);
+                    return;
+                }
+            }
         } else if !same_page && !both_global {
             // The link would not outlive a change of mappings, but the jump cache does not need the detour through Rust.
             let (patch, view) = (x.patch, x.target_mode.view());

@@ -108,6 +108,17 @@ struct Leaf {
     large: bool,
 }
 
+/// A page of the code that runs through the windows.
+struct CodePage {
+    /// Where it was when links to it were made and calls from it began.
+    gpa: u64,
+    /// Exits of other pages that are, or were, linked to blocks here.
+    links: Vec<u32>,
+}
+
+/// Links to one page that are kept in mind; with more, those that were undone meanwhile are worth forgetting.
+const MAX_LINKS: usize = 1 << 16;
+
 /// One vCPU's windows.
 pub(crate) struct Window {
     when: Windows,
@@ -124,10 +135,8 @@ pub(crate) struct Window {
     pages: WordMap<u64, Mapped>,
     /// The 2 MiB regions, by number, that hold parts of large pages.
     large: WordMap<u64, ()>,
-    /// Exits between pages of the process's code that are linked, and the pages it runs from: where they were when links
-    /// were made and calls began.
-    links: Vec<u32>,
-    code: WordMap<u64, u64>,
+    /// The pages that the process runs code from.
+    code: WordMap<u64, CodePage>,
     maps: u32,
     /// Time spent on the windows since the last sample, and when that was.
     cost: Duration,
@@ -157,7 +166,6 @@ impl Window {
             votes: 0,
             pages: WordMap::default(),
             large: WordMap::default(),
-            links: Vec::new(),
             code: WordMap::default(),
             maps: 0,
             cost: Duration::ZERO,
@@ -223,14 +231,19 @@ impl Window {
         self.cost += began.elapsed();
     }
 
-    /// An exit was linked across pages: the link is good while the process's code stays where it is.
-    pub(crate) fn note_link(&mut self, exit: u32) {
-        self.links.push(exit);
+    /// An exit was linked to a block in another page: the link is good while that page stays where it is. False when that cannot be
+    /// kept in mind.
+    pub(crate) fn note_link(&mut self, exit: u32, page: u64) -> bool {
+        let Some(code) = self.code.get_mut(&page) else { return false };
+        let room = code.links.len() < MAX_LINKS;
+        if room {
+            code.links.push(exit);
+        }
+        room
     }
 
     /// All blocks are gone, and their links with them.
     pub(crate) fn forget_links(&mut self) {
-        self.links.clear();
         self.code.clear();
     }
 
@@ -414,18 +427,33 @@ impl Engine {
         }
     }
 
-    /// Undoes links between pages of the process's code.
-    fn unlink_code(&mut self) {
+    /// Undoes links to a page of the process's code.
+    pub(crate) fn unlink_page(&mut self, page: u64) {
         self.forget_calls();
-        self.window.code.clear();
-        for x in std::mem::take(&mut self.window.links) {
+        let Some(code) = self.window.code.remove(&page) else { return };
+        // The last one is found first in its target's list.
+        for x in code.links.into_iter().rev() {
             self.unlink(x);
+        }
+    }
+
+    /// Undoes links to pages that the current page tables do not have where they were. Links to the others stay good: the
+    /// next process that runs the same program mostly has the same pages.
+    fn check_code(&mut self) {
+        let mut code: Vec<(u64, u64)> = self.window.code.iter().map(|(&la, c)| (la, c.gpa)).collect();
+        code.sort_unstable();
+        let mut cached = None;
+        for (la, gpa) in code {
+            if !self.leaf(la, &mut cached).is_some_and(|l| l.executable && l.gpa == gpa) {
+                self.unlink_page(la);
+            }
         }
     }
 
     fn give_window(&mut self, to: (u64, u64)) {
         self.activate(false);
-        self.unlink_code();
+        self.forget_calls();
+        self.check_code();
         let w = &mut self.window;
         w.clear();
         if w.low.is_some() {
@@ -438,7 +466,7 @@ impl Engine {
     /// The windows cost their process more than they save.
     fn take_window(&mut self) {
         self.activate(false);
-        self.unlink_code();
+        self.forget_calls();
         let w = &mut self.window;
         if let Some((root, _)) = w.owner.take() {
             if w.need.len() > 1024 {
@@ -480,21 +508,27 @@ impl Engine {
             self.window.drop_page(la);
         }
         // A large page goes as a whole.
-        let hit = match self.large_shift(la) {
-            None => self.window.code.contains_key(&(la & !(PAGE - 1))),
-            Some(shift) => self.window.code.keys().any(|page| page >> shift == la >> shift),
-        };
-        if hit {
-            self.unlink_code();
+        match self.large_shift(la) {
+            None if !self.window.code.contains_key(&(la & !(PAGE - 1))) => {}
+            None => self.unlink_page(la & !(PAGE - 1)),
+            Some(shift) => {
+                let hit: Vec<u64> =
+                    self.window.code.keys().copied().filter(|page| page >> shift == la >> shift).collect();
+                for page in hit {
+                    self.unlink_page(page);
+                }
+            }
         }
     }
 
     /// Code of the process is at `gpa` now. If it was elsewhere before, what relied on that goes.
     pub(crate) fn note_window_code(&mut self, page: u64, gpa: u64) {
-        if self.window.code.insert(page, gpa).is_some_and(|before| before != gpa) {
-            self.unlink_code();
-            self.window.code.insert(page, gpa);
+        match self.window.code.get(&page) {
+            Some(code) if code.gpa == gpa => return,
+            Some(_) => self.unlink_page(page),
+            None => {}
         }
+        self.window.code.insert(page, CodePage { gpa, links: Vec::new() });
     }
 
     /// A page holds translated code from now on: user code must not write it unnoticed.
@@ -564,10 +598,7 @@ impl Engine {
             }
         }
         self.window.cost += began.elapsed();
-        let code: Vec<(u64, u64)> = self.window.code.iter().map(|(&la, &gpa)| (la, gpa)).collect();
-        if !code.into_iter().all(|(la, gpa)| self.leaf(la, &mut cached).is_some_and(|l| l.executable && l.gpa == gpa)) {
-            self.unlink_code();
-        }
+        self.check_code();
     }
 
     /// What the current page tables let user code do with a page it has used before. Changes nothing. `cached` is the last
