@@ -64,6 +64,9 @@ impl Mode {
     /// A window block whose base registers may point into either window: nothing is concluded from one check for the next
     /// access. Entered where a block's own conclusion proves wrong.
     pub(crate) const MIXED: u32 = 1 << 27;
+    /// A window block that takes the stack pointer to be in the high window, or near enough that an access by it reaches
+    /// nothing but what is reserved around. See [`crate::window`].
+    pub(crate) const STACKED: u32 = 1 << 28;
     /// CPL is not 0 (it may be 1 or 2, which paging counts as supervisor).
     pub(crate) const RING: u32 = 1 << 20;
 
@@ -199,6 +202,8 @@ pub(crate) struct Block {
     pub(crate) key: Key,
     /// Guest bytes it was translated from.
     pub(crate) guest_len: u32,
+    /// Bytes of the first page that tell which flags are live where the block ends: offsets in the page.
+    pub(crate) seen: std::ops::Range<u16>,
     /// Guest-physical page of the tail when the last instruction crosses into it.
     pub(crate) second_page: Option<u64>,
     /// Where the code is in the cache.

@@ -7,6 +7,7 @@ use crate::engine::Engine;
 use crate::profile::Cause;
 use crate::softmmu::Resolved;
 use crate::vcpu::Emulating;
+use crate::window::in_high_window;
 use iced_x86::Mnemonic;
 use paravane_cpu::cpuid::Vendor;
 use paravane_cpu::state::cr0;
@@ -76,6 +77,10 @@ fn finish_access(e: &mut Engine, la: u64, site: u32) -> Back {
     let s = e.tables.sites[site as usize];
     let rip = e.site_rip(&s);
     e.doing(Cause::TlbMiss, rip);
+    if e.lost_stack(s.block) {
+        e.cpu().rip = rip;
+        return e.go();
+    }
     match e.resolve(la, &s) {
         Ok(Resolved::Filled) => {
             let at = e.tables.blocks[s.block as usize].placed.offset(s.retry);
@@ -93,6 +98,12 @@ fn finish_access(e: &mut Engine, la: u64, site: u32) -> Back {
 }
 
 impl Engine {
+    /// Whether a block takes the stack pointer to be in the high window, and it is not.
+    fn lost_stack(&mut self, block: u32) -> bool {
+        self.tables.blocks[block as usize].key.mode.has(Mode::STACKED)
+            && !in_high_window(self.cpu().gpr[Reg::Rsp as usize])
+    }
+
     /// The instruction at `rip` is about to overwrite its own block: run it in a block of its own.
     fn again_alone(&mut self, rip: u64) -> Back {
         self.cpu().rip = rip;
@@ -173,6 +184,9 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
         Ok(Step::Next) if !ends && (e.tables.blocks[block].live || mode.alone()) => {
             if e.events_wait() && !stepping {
                 return Back { value: EXIT_RESYNC, bits: Back::LEAVE };
+            }
+            if e.lost_stack(block as u32) {
+                return e.go();
             }
             Back::resume(0, simd)
         }

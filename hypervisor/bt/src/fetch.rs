@@ -5,7 +5,7 @@ use crate::block::{Block, BlockId, Key, Mode, NO_EXIT};
 use crate::engine::{Engine, WordMap};
 use crate::profile::Cause;
 use crate::state::{JC_ENTRIES, JumpEntry, NO_SELECTOR};
-use crate::translate::{Decoded, Hint, Translator, decode};
+use crate::translate::{Decoded, Hint, Peek, Translator, decode};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::rflags;
 use paravane_cpu::{Env, Exception, Seg, Segment};
@@ -120,7 +120,7 @@ impl Engine {
             let windowed = self.use_window(mode);
             self.profile.back(before);
             if windowed {
-                mode.0 |= Mode::WINDOW | self.variant;
+                mode.0 |= Mode::WINDOW | self.stack_mode() | self.variant;
             }
             self.variant = 0;
             match self.find(mode) {
@@ -344,11 +344,18 @@ impl Engine {
             }
         }
         let id = self.tables.blocks.len() as BlockId;
+        let peek = if key.mode.is64() && !key.mode.alone() && second_page.is_none() {
+            // SAFETY: as above, for the page as a whole.
+            let page = self.ram.host(key.gpa & !0xfff, 4096).map(|p| unsafe { std::slice::from_raw_parts(p, 4096) });
+            page.map(|bytes| Peek::new(bytes, key.rip & !0xfff))
+        } else {
+            None
+        };
         let hint = Hint { gpr: &self.cpu().gpr, low: self.window.votes > 0 };
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
         let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip, hint)
-            .translate(&decoded);
+            .translate(&decoded, peek);
         self.decoded = decoded;
         self.window.votes = (self.window.votes + t.votes).clamp(-1000, 1000);
         let Some(placed) = self.code.place(&mut self.asm) else {
@@ -361,6 +368,7 @@ impl Engine {
         self.tables.blocks.push(Block {
             key,
             guest_len: t.guest_len,
+            seen: t.seen,
             second_page: *second_page,
             placed,
             entry: placed.offset(t.entry),
@@ -430,15 +438,20 @@ impl Engine {
             self.cross_links.push(exit);
             self.low_cross_links |= from.key.rip >> 47 == 0 || to.key.rip >> 47 == 0;
         }
-        let (patch, already) = (x.patch, x.linked);
-        if already.is_some() {
+        if x.linked.is_some() {
             return;
         }
-        self.code.patch(patch, entry);
-        let x = &mut self.tables.exits[exit as usize];
-        x.linked = Some(n as BlockId);
-        x.next = std::mem::replace(&mut self.tables.blocks[n].incoming, exit);
+        self.attach(exit, n as BlockId);
         self.stats.chained += 1;
+    }
+
+    /// Points an exit that is not linked at a block.
+    pub(crate) fn attach(&mut self, exit: u32, to: BlockId) {
+        let x = &mut self.tables.exits[exit as usize];
+        let b = &mut self.tables.blocks[to as usize];
+        x.linked = Some(to);
+        x.next = std::mem::replace(&mut b.incoming, exit);
+        self.code.patch(x.patch, b.entry);
     }
 
     /// Points an exit back at its stub.

@@ -634,6 +634,7 @@ mod tests {
         let block = |rip, hot, hot_len, cold| Block {
             key: Key { gpa: 0, rip, mode: Mode(0) },
             guest_len: 1,
+            seen: 0..0,
             second_page: None,
             placed: Placed::new(hot, hot_len, cold),
             entry: hot,

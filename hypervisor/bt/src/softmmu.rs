@@ -357,7 +357,9 @@ impl Engine {
         let b = &self.tables.blocks[id as usize];
         let in_first = u64::from(b.guest_len).min(4096 - (b.key.gpa & 0xfff));
         let overlaps = |start: u64, n: u64| gpa < start + n && start < gpa.saturating_add(len);
+        let page = b.key.gpa & !0xfff;
         overlaps(b.key.gpa, in_first)
+            || overlaps(page + u64::from(b.seen.start), u64::from(b.seen.end - b.seen.start))
             || b.second_page.is_some_and(|p| overlaps(p, u64::from(b.guest_len).saturating_sub(in_first)))
     }
 

@@ -14,7 +14,14 @@
 //! is enough: an address that has it and any higher bit too is not canonical on the host, or nothing is mapped there, once the
 //! distance is subtracted, which borrows from no higher bit. What is
 //! unmapped around both windows is wider than any displacement, and any sum of the constants that a block may add to a
-//! register that it has checked. Both ranges are reserved as a whole; nothing else can ever be mapped there.
+//! register that it has checked.
+//!
+//! The stack pointer is not checked where it is used but where it changes. Blocks of [`Mode::STACKED`] are entered with RSP in the
+//! high window, give or take [`STACK_DRIFT`]: Rust sees to it wherever it goes to user code, kernel code where it returns to user
+//! code without Rust, and a block whenever it changes RSP. What moves it by up to [`STACK_STEP`] needs no check on a way through the
+//! block that accesses memory by it, for then RSP was in the window there (or the access faulted, and Rust has looked).
+//!
+//! Both ranges are reserved as a whole; nothing else can ever be mapped there.
 //!
 //! **Faithfulness.** A page is mapped only while the guest's page tables map it for user code, writable only while the PTE is
 //! writable and dirty and no translated code was made from the page. What is not mapped faults, and the access takes the
@@ -24,12 +31,12 @@
 //! There is one pair of windows in the process, so one address space of one vCPU can have them at a time.
 #![allow(unsafe_code)] // Maps memory at fixed addresses.
 
-use crate::block::Mode;
+use crate::block::{BlockId, Mode};
 use crate::engine::{Engine, Ram, WordMap};
 use crate::state::{BtState, NO_MODE};
 use crate::vcpu::{StateMemory, Windows};
 use paravane_cpu::state::{cr4, efer};
-use paravane_cpu::{CpuState, Env, TlbFlush};
+use paravane_cpu::{CpuState, Env, Reg, TlbFlush};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -56,6 +63,19 @@ const HIGH_RESERVED: std::ops::Range<u64> = 0x14c0_0000_0000..0x5540_0000_0000;
 
 /// Set when a high window exists in this process. A signal handler then may find FS away from its place.
 pub(crate) static IN_USE: AtomicBool = AtomicBool::new(false);
+
+/// The largest constant that a block may add to the stack pointer, or have as a displacement from it, with no check but an
+/// access on the same way through the block.
+pub(crate) const STACK_STEP: i64 = 1 << 20;
+/// How far the stack pointer may be from the high window where a block of [`Mode::STACKED`] is entered: 64 steps and a displacement.
+const STACK_DRIFT: u64 = 1 << 27;
+const _: () = {
+    assert!(65 * STACK_STEP as u64 <= STACK_DRIFT);
+    // What a block may add before an access, to RSP or to a register that was copied from it, and the displacement.
+    let reach = STACK_DRIFT + 65 * (1 << 31);
+    assert!(reach < (HIGH_MASK - HIGH_DISTANCE) - HIGH_RESERVED.start);
+    assert!(reach < HIGH_RESERVED.end - (2 * HIGH_MASK - HIGH_DISTANCE));
+};
 
 /// How addresses are kept that nothing is mapped at.
 const UNMAPPED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -116,6 +136,16 @@ struct CodePage {
     links: Vec<u32>,
 }
 
+/// What is left of a [`CodePage`] when it may have gone.
+struct Asleep {
+    page: u64,
+    /// Exits and the blocks that they were linked to.
+    links: Vec<(u32, BlockId)>,
+}
+
+/// Pages of which that is kept.
+const MAX_ASLEEP: usize = 1 << 14;
+
 /// Links to one page that are kept in mind; with more, those that were undone meanwhile are worth forgetting.
 const MAX_LINKS: usize = 1 << 16;
 
@@ -130,6 +160,8 @@ pub(crate) struct Window {
     stale: bool,
     /// User code runs through the windows now.
     active: bool,
+    /// It runs in blocks of [`Mode::STACKED`].
+    stacked: bool,
     /// Whether operands are more often in the low window (positive) or in the high one, as translation sees it.
     pub(crate) votes: i32,
     pages: WordMap<u64, Mapped>,
@@ -137,6 +169,9 @@ pub(crate) struct Window {
     large: WordMap<u64, ()>,
     /// The pages that the process runs code from.
     code: WordMap<u64, CodePage>,
+    /// Guest-physical pages that code was run from, by this process or others, with links to them that were undone: made again
+    /// at once when the page is there again.
+    asleep: WordMap<u64, Asleep>,
     maps: u32,
     /// Time spent on the windows since the last sample, and when that was.
     cost: Duration,
@@ -163,10 +198,12 @@ impl Window {
             owner: None,
             stale: false,
             active: false,
+            stacked: false,
             votes: 0,
             pages: WordMap::default(),
             large: WordMap::default(),
             code: WordMap::default(),
+            asleep: WordMap::default(),
             maps: 0,
             cost: Duration::ZERO,
             pending: Vec::new(),
@@ -245,6 +282,7 @@ impl Window {
     /// All blocks are gone, and their links with them.
     pub(crate) fn forget_links(&mut self) {
         self.code.clear();
+        self.asleep.clear();
     }
 
     fn give_up(&mut self) {
@@ -298,6 +336,11 @@ impl Drop for Window {
             }
         }
     }
+}
+
+/// Whether an address is in the high window.
+pub(crate) fn in_high_window(la: u64) -> bool {
+    la >> HIGH_SHIFT == 1
 }
 
 /// Whether the host lets user code change the FS base (AT_HWCAP2 bit 1).
@@ -374,6 +417,19 @@ impl Engine {
         self.window.active
     }
 
+    /// Whether user code that is about to run through the windows may take its stack pointer to be in the high one.
+    pub(crate) fn stack_mode(&mut self) -> u32 {
+        let stacked = in_high_window(self.cpu().gpr[Reg::Rsp as usize]);
+        if self.window.stacked != stacked {
+            self.window.stacked = stacked;
+            // Nothing must lead back into blocks of the other kind.
+            self.forget_calls();
+            self.shared().jc_mode[Mode::VIEW_USER as usize] = NO_MODE;
+            self.flush_jump_cache(Mode::VIEW_USER as usize);
+        }
+        if stacked { Mode::STACKED } else { 0 }
+    }
+
     /// Switches translated user code between its two forms.
     fn activate(&mut self, on: bool) {
         if self.window.active == on {
@@ -431,9 +487,35 @@ impl Engine {
     pub(crate) fn unlink_page(&mut self, page: u64) {
         self.forget_calls();
         let Some(code) = self.window.code.remove(&page) else { return };
+        let mut links = Vec::with_capacity(code.links.len());
         // The last one is found first in its target's list.
         for x in code.links.into_iter().rev() {
-            self.unlink(x);
+            if let Some(to) = self.tables.exits[x as usize].linked {
+                links.push((x, to));
+                self.unlink(x);
+            }
+        }
+        if self.window.asleep.len() >= MAX_ASLEEP {
+            self.window.asleep.clear();
+        }
+        self.window.asleep.insert(code.gpa, Asleep { page, links });
+    }
+
+    /// Code runs from a page at `gpa` now: makes the links again that were undone when it was last there.
+    fn wake_page(&mut self, page: u64, gpa: u64) {
+        if self.window.asleep.get(&gpa).is_none_or(|a| a.page != page) {
+            return;
+        }
+        let Some(asleep) = self.window.asleep.remove(&gpa) else { return };
+        // In the order in which they were made.
+        for (x, to) in asleep.links.into_iter().rev() {
+            let exit = &self.tables.exits[x as usize];
+            let (from, target) = (&self.tables.blocks[exit.block as usize], &self.tables.blocks[to as usize]);
+            // A block that goes on in another page depends on that page too.
+            let good = exit.linked.is_none() && from.live && target.live && target.second_page.is_none();
+            if good && self.window.note_link(x, page) {
+                self.attach(x, to);
+            }
         }
     }
 
@@ -529,6 +611,7 @@ impl Engine {
             None => {}
         }
         self.window.code.insert(page, CodePage { gpa, links: Vec::new() });
+        self.wake_page(page, gpa);
     }
 
     /// A page holds translated code from now on: user code must not write it unnoticed.

@@ -73,7 +73,7 @@ impl Translator<'_> {
 
     /// A place behind the block that goes to the lookup in Rust; `callout` names the branch instruction, if it has to be
     /// undone when its target is not canonical.
-    fn lookup_stub(&mut self, callout: u32, thunk: Thunk) -> Label {
+    pub(super) fn lookup_stub(&mut self, callout: u32, thunk: Thunk) -> Label {
         let l = self.asm.label();
         self.lookups.push((l, callout, thunk));
         l

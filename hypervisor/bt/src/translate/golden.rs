@@ -43,7 +43,7 @@ fn check_at(name: &str, mode: Mode, rip: u64, guest: &[u8]) {
     assert_eq!(decode(guest, rip, mode, &mut code), Decoded::Ok);
     let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
     Translator::new(&mut asm, &mut info, &mut tables, mode, 0, rip, Hint { gpr: &[rip; 16], low: false })
-        .translate(&code);
+        .translate(&code, None);
     asm.resolve(0);
     let mut out = String::from("guest:\n");
     listing(&mut out, guest, rip);
@@ -104,6 +104,16 @@ fn windows_for_position_independent_code() {
         0, 0, 0xc3,
     ];
     check_at("window-high", Mode(mode(3).0 | Mode::WINDOW), 0x5555_5555_5000, &code);
+}
+
+#[test]
+fn windows_with_the_stack_in_the_high_one() {
+    // push rbx; sub rsp, 32; mov rax, [rsp+8]; add [rdi], rax; mov rsp, rbx; mov rcx, [rsp]; add rsp, 40; pop rbx; ret
+    let code = [
+        0x53, 0x48, 0x83, 0xec, 32, 0x48, 0x8b, 0x44, 0x24, 8, 0x48, 1, 7, 0x48, 0x89, 0xdc, 0x48, 0x8b, 0x0c, 0x24,
+        0x48, 0x83, 0xc4, 40, 0x5b, 0xc3,
+    ];
+    check_at("window-stacked", Mode(mode(3).0 | Mode::WINDOW | Mode::STACKED), 0x5555_5555_5000, &code);
 }
 
 #[test]

@@ -11,8 +11,10 @@ mod copy;
 #[cfg(test)]
 mod golden;
 mod memory;
+mod peek;
 mod privilege;
 mod runs;
+mod stack;
 mod string;
 mod system;
 mod window;
@@ -24,8 +26,10 @@ use crate::regs::{Home, Width, home};
 use crate::state::{Thunk, off};
 use classify::{Class, Unit, classify, unit_of};
 pub(crate) use control::jump_cache_stub;
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory};
 use memory::Slow;
+pub(crate) use peek::Peek;
+use peek::flag_liveness;
 use std::sync::atomic::{AtomicU32, Ordering};
 pub(crate) use window::Hint;
 
@@ -59,6 +63,8 @@ pub(crate) struct Translated {
     pub(crate) exits: Vec<RawExit>,
     /// How many more operands were in the low window than in the high one, judging by the registers at hand.
     pub(crate) votes: i32,
+    /// Bytes of the page that flag liveness depends on, beside the block's own.
+    pub(crate) seen: std::ops::Range<u16>,
 }
 
 /// One block's translation in progress.
@@ -81,6 +87,8 @@ pub(crate) struct Translator<'a> {
     window_site: Option<u32>,
     /// The instruction has accessed memory already: it must not be left for another version of itself.
     accessed: bool,
+    /// What is known about the stack pointer, in blocks of [`Mode::STACKED`].
+    stack: stack::Stack,
     slow: Vec<Slow>,
     exits: Vec<RawExit>,
     /// Side exits that cannot be linked: where they come from, the way they go.
@@ -165,9 +173,10 @@ impl<'a> Translator<'a> {
             simd: false,
             cur_rip: start_rip,
             cur_next: start_rip,
-            known: window::Known::at_entry(hint),
+            known: window::Known::at_entry(hint, mode.has(Mode::STACKED)),
             window_site: None,
             accessed: false,
+            stack: stack::Stack::default(),
             slow: Vec::new(),
             exits: Vec::new(),
             far_sides: Vec::new(),
@@ -181,9 +190,15 @@ impl<'a> Translator<'a> {
         }
     }
 
-    /// Translates decoded instructions.
-    pub(crate) fn translate(mut self, code: &[Instruction]) -> Translated {
-        let live = flag_liveness(code);
+    /// Translates decoded instructions. `peek` is the page they are in, if what follows them may be looked at.
+    pub(crate) fn translate(self, code: &[Instruction], mut peek: Option<Peek<'_>>) -> Translated {
+        let live = flag_liveness(code, peek.as_mut());
+        let mut done = self.emit(code, &live);
+        done.seen = peek.map_or(0..0, Peek::seen);
+        done
+    }
+
+    fn emit(mut self, code: &[Instruction], live: &[bool]) -> Translated {
         self.simd = code.iter().any(|i| match classify(i.code()) {
             Class::Copy(u) => u != Unit::Integer && self.unit_enabled(u).is_none(),
             _ => false,
@@ -198,9 +213,9 @@ impl<'a> Translator<'a> {
             self.asm.load32(H::RCX, M::gs(off::FPU_LIVE));
             self.asm.jrcxz(island);
             self.asm.bind(back);
-            self.body(code, &live, entry)
+            self.body(code, live, entry)
         } else {
-            self.body(code, &live, 0)
+            self.body(code, live, 0)
         }
     }
 
@@ -229,7 +244,8 @@ impl<'a> Translator<'a> {
                 break;
             }
             if self.mode.has(Mode::WINDOW) {
-                self.track(i);
+                let rest = &code[n + 1..];
+                self.track(i, rest, live.get(n + 1).copied().unwrap_or(true));
             }
         }
         let last = code[code.len() - 1];
@@ -254,6 +270,7 @@ impl<'a> Translator<'a> {
         self.emit_slow_paths();
         self.emit_slow_strings();
         self.emit_far_sides();
+        self.emit_lost_stacks();
         self.emit_other_returns();
         self.emit_missed_calls();
         self.emit_missed_jumps();
@@ -265,6 +282,7 @@ impl<'a> Translator<'a> {
             instructions: code.len() as u32,
             exits: self.exits,
             votes: self.known.votes(),
+            seen: 0..0,
         }
     }
 
@@ -471,60 +489,6 @@ fn ends_block(i: &Instruction, mode: Mode) -> bool {
         Class::Std => !mode.has(Mode::DF),
         _ => i.is_invalid(),
     }
-}
-
-/// For each instruction, whether any status flag that is live before it may still be read later. All flags are live at
-/// the block's end and wherever Rust code may look at them.
-fn flag_liveness(code: &[Instruction]) -> Vec<bool> {
-    use iced_x86::RflagsBits as B;
-    let all = B::OF | B::SF | B::ZF | B::AF | B::CF | B::PF;
-    let mut out = vec![true; code.len()];
-    let mut live = all;
-    for (n, i) in code.iter().enumerate().rev() {
-        let sees_flags = !matches!(
-            classify(i.code()),
-            Class::Copy(_) | Class::Nop | Class::Lea | Class::BitTest | Class::Push | Class::Pop | Class::Leave
-        );
-        if sees_flags {
-            live = all;
-        } else {
-            let mut kills = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
-            if matches!(i.mnemonic(), Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test) {
-                // AF is undefined, which is to say that it does not keep its value.
-                kills |= B::AF;
-            }
-            if maybe_unwritten(i) {
-                kills = 0;
-            }
-            live = ((live & !kills) | i.rflags_read()) & all;
-            if maybe_unwritten(i) {
-                live |= i.rflags_modified() & all;
-            }
-        }
-        out[n] = live != 0;
-    }
-    out
-}
-
-/// Instructions whose flag results depend on a count that may be zero.
-fn maybe_unwritten(i: &Instruction) -> bool {
-    use Mnemonic as M;
-    matches!(i.mnemonic(), M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd)
-        && !matches!(
-            i.code(),
-            Code::Shl_rm8_1
-                | Code::Shl_rm16_1
-                | Code::Shl_rm32_1
-                | Code::Shl_rm64_1
-                | Code::Shr_rm8_1
-                | Code::Shr_rm16_1
-                | Code::Shr_rm32_1
-                | Code::Shr_rm64_1
-                | Code::Sar_rm8_1
-                | Code::Sar_rm16_1
-                | Code::Sar_rm32_1
-                | Code::Sar_rm64_1
-        )
 }
 
 /// A copy of an instruction that stands elsewhere.

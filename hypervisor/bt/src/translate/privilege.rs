@@ -36,9 +36,9 @@ impl Translator<'_> {
             self.asm.jcc(cc::NE, slow);
             return;
         }
-        // User code comes in two forms; which one is wanted is in the word.
+        // User code comes in several forms; which one is wanted is in the word.
         self.asm.load32(H::RCX, at);
-        self.asm.and32_flags(H::RCX, !(Mode::WINDOW as i32));
+        self.asm.and32_flags(H::RCX, !((Mode::WINDOW | Mode::STACKED) as i32));
         self.asm.cmp32_imm_flags(H::RCX, mode.0 as i32);
         self.asm.jcc(cc::NE, slow);
     }
@@ -129,6 +129,27 @@ impl Translator<'_> {
         self.jump_through_cache(to.view());
     }
 
+    /// Goes the long way if user code takes its stack pointer to be in the high window and it is not: the one in its home, or in
+    /// the frame that `frame` points at. Clobbers R11 and flags.
+    fn check_user_stack(&mut self, to: Mode, frame: Option<M>, slow: Label) {
+        let a = &mut self.asm;
+        let fine = a.label();
+        a.load32(H::R11, M::gs(off::JC_MODE + 4 * to.view() as i32));
+        a.and32_flags(H::R11, Mode::STACKED as i32);
+        a.jcc(cc::E, fine);
+        match frame {
+            Some(frame) => {
+                a.load(H::R11, frame);
+                a.load(H::R11, M::base(H::R11, 24));
+            }
+            None => a.mov(H::R11, H::GUEST_RSP),
+        }
+        a.shr_flags(H::R11, crate::window::HIGH_SHIFT);
+        a.cmp_imm_flags(H::R11, 1);
+        a.jcc(cc::NE, slow);
+        a.bind(fine);
+    }
+
     fn short_return(&self) -> bool {
         let m = self.mode;
         m.is64() && !m.has(Mode::RING) && m.has(Mode::PLAIN_IF) && !m.has(Mode::DF) && !m.alone()
@@ -150,6 +171,7 @@ impl Translator<'_> {
         a.mov(H::R11, H::GUEST_RCX);
         a.shr_flags(H::R11, 47);
         a.jcc(cc::NE, slow);
+        self.check_user_stack(to, None, slow);
         self.load_segment(1, fast(offset_of!(FastSegments, sysret_cs)));
         self.load_segment(2, fast(offset_of!(FastSegments, sysret_ss)));
         let a = &mut self.asm;
@@ -199,6 +221,7 @@ impl Translator<'_> {
         a.jcc(cc::NE, slow);
         a.load(H::RCX, M::base(H::R11, 16));
         self.check_return_flags(slow);
+        self.check_user_stack(to, Some(M::gs(off::TMP + 24)), slow);
         for (at, descriptor) in [
             (offset_of!(FastSegments, iret_cs_at), offset_of!(FastSegments, iret_cs_descriptor)),
             (offset_of!(FastSegments, iret_ss_at), offset_of!(FastSegments, iret_ss_descriptor)),

@@ -51,7 +51,7 @@ impl Region {
 
 /// What is checked before an access.
 #[derive(Clone, Copy, Debug)]
-enum Subject {
+pub(super) enum Subject {
     /// A register, which stays as it is: the base, or R11 with the whole address.
     Register(H),
     /// The address that this operand computes.
@@ -89,9 +89,18 @@ pub(crate) struct Known {
     low: u16,
 }
 
+/// The stack pointer in such a set.
+const RSP: u16 = 1 << 4;
+
 impl Known {
-    pub(crate) fn at_entry(hint: Hint<'_>) -> Self {
-        Self { gpr: *hint.gpr, low_more_often: hint.low, votes: 0, unchanged: u16::MAX, high: 0, low: 0 }
+    pub(crate) fn at_entry(hint: Hint<'_>, stacked: bool) -> Self {
+        let high = if stacked { RSP } else { 0 };
+        Self { gpr: *hint.gpr, low_more_often: hint.low, votes: 0, unchanged: u16::MAX, high, low: 0 }
+    }
+
+    /// Whether a register was checked for the high window.
+    pub(super) fn is_high(&self, g: usize) -> bool {
+        self.high >> g & 1 != 0
     }
 
     pub(crate) fn votes(&self) -> i32 {
@@ -136,6 +145,9 @@ impl Translator<'_> {
             let base_only = matches!((subject, ea.base), (Subject::Register(h), Some(b)) if home(b) == Home::Host(h));
             let base = ea.base.filter(|_| base_only);
             if let Some(region) = base.and_then(|b| self.known.region(b)) {
+                if base == Some(4) && !acc.masked {
+                    self.stack.note_access(m);
+                }
                 region.operand(m)
             } else {
                 let region = self.likely(ea);
@@ -236,7 +248,7 @@ impl Translator<'_> {
     }
 
     /// Jumps to `fail` unless the subject lies in the window; gives the place of the jump's displacement. Clobbers RCX.
-    fn emit_check(&mut self, region: Region, subject: Subject, flags_live: bool, fail: Label) -> u32 {
+    pub(super) fn emit_check(&mut self, region: Region, subject: Subject, flags_live: bool, fail: Label) -> u32 {
         let a = &mut self.asm;
         match subject {
             Subject::Register(h) if flags_live => {
@@ -310,8 +322,11 @@ impl Translator<'_> {
         if ea.base == Some(4) || ea.seg >= 4 || !k.low_more_often { Region::High } else { Region::Low }
     }
 
-    /// Brings [`Known`] up to date with an instruction that was just emitted.
-    pub(super) fn track(&mut self, i: &Instruction) {
+    /// Brings [`Known`] up to date with an instruction that was just emitted. `rest` is the block's code behind it, and
+    /// `flags_live` tells of the flags there.
+    pub(super) fn track(&mut self, i: &Instruction, rest: &[Instruction], flags_live: bool) {
+        let rsp = if self.mode.has(Mode::STACKED) { RSP } else { 0 };
+        let change = if rsp != 0 { self.stack_change(i) } else { None };
         match classify(i.code()) {
             Class::Copy(_)
             | Class::Nop
@@ -323,7 +338,10 @@ impl Translator<'_> {
             | Class::Leave => {}
             // Rust code may change anything.
             _ => {
-                (self.known.unchanged, self.known.high, self.known.low) = (0, 0, 0);
+                (self.known.unchanged, self.known.high, self.known.low) = (0, rsp, 0);
+                if let Some(change) = change {
+                    self.check_stack(change, rest, flags_live);
+                }
                 return;
             }
         }
@@ -341,8 +359,11 @@ impl Translator<'_> {
                 self.known.low &= !(1 << g);
             }
         }
-        self.known.high |= high;
-        self.known.low |= low;
+        self.known.high |= high | rsp;
+        self.known.low |= low & !rsp;
+        if let Some(change) = change {
+            self.check_stack(change, rest, flags_live);
+        }
     }
 
     /// Registers that an instruction writes and that are checked nevertheless, of a set: those that move by a constant, which

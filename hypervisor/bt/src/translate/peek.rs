@@ -1,0 +1,198 @@
+//! Which status flags are live, looking past the end of the block.
+//!
+//! A lookup or a check that may clobber the flags is half as long as one that must not. Flags are dead before an instruction if
+//! whatever runs next writes them before anything reads them. Within a block that is a walk backwards; where it ends, the
+//! instructions at the targets of its last jumps are looked at, if they are in the same page. The bytes looked at become bytes that
+//! the block depends on: a store to them kills it.
+
+use super::classify::{Class, classify};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits as B};
+use std::ops::Range;
+
+/// All status flags.
+const ALL: u32 = B::OF | B::SF | B::ZF | B::AF | B::CF | B::PF;
+/// Instructions looked at from one target on at most.
+const FAR: usize = 6;
+/// Conditional jumps that are followed both ways, one behind the other.
+const DEEP: usize = 1;
+
+/// The page of guest code that a 64-bit block is in.
+pub(crate) struct Peek<'a> {
+    bytes: &'a [u8],
+    base: u64,
+    seen: Range<u16>,
+}
+
+impl<'a> Peek<'a> {
+    /// `bytes` are the whole page that begins at RIP `base`.
+    pub(crate) fn new(bytes: &'a [u8], base: u64) -> Self {
+        Self { bytes, base, seen: 0..0 }
+    }
+
+    /// What was looked at.
+    pub(crate) fn seen(self) -> Range<u16> {
+        self.seen
+    }
+
+    fn note(&mut self, from: usize, to: usize) {
+        let (from, to) = (from as u16, to as u16);
+        self.seen = if self.seen.is_empty() { from..to } else { self.seen.start.min(from)..self.seen.end.max(to) };
+    }
+
+    /// The flags that are live at `rip`.
+    fn live_at(&mut self, rip: u64, deep: usize) -> u32 {
+        let bytes = self.bytes;
+        let start = rip.wrapping_sub(self.base);
+        if start >= bytes.len() as u64 {
+            return ALL;
+        }
+        let mut at = start as usize;
+        let mut d = Decoder::with_ip(64, &bytes[at..], rip, DecoderOptions::NONE);
+        // Flags that nothing has overwritten yet, and those that were read before.
+        let (mut open, mut live) = (ALL, 0);
+        for _ in 0..FAR {
+            let i = d.decode();
+            if i.is_invalid() {
+                return live | open;
+            }
+            self.note(start as usize, at + i.len());
+            at += i.len();
+            let (kills, reads) = effect(&i);
+            live |= reads & open;
+            match classify(i.code()) {
+                Class::Jcc if deep > 0 && open & !live != 0 => {
+                    let next = self.live_at(i.next_ip(), deep - 1) | self.live_at(i.near_branch_target(), deep - 1);
+                    return live | next & open;
+                }
+                Class::JmpDirect if deep > 0 => return live | self.live_at(i.near_branch_target(), deep - 1) & open,
+                Class::Jcc | Class::JmpDirect => return live | open,
+                _ => open &= !kills,
+            }
+            if open & !live == 0 {
+                return live;
+            }
+        }
+        live | open
+    }
+}
+
+/// For each instruction, whether any status flag that is live before it may still be read later. All flags are live wherever Rust
+/// code may look at them and, without `peek`, at the block's end.
+pub(super) fn flag_liveness(code: &[Instruction], mut peek: Option<&mut Peek<'_>>) -> Vec<bool> {
+    let mut out = vec![true; code.len()];
+    let mut ahead = |rip: u64| peek.as_mut().map_or(ALL, |p| p.live_at(rip, DEEP));
+    let mut live = ALL;
+    for (n, i) in code.iter().enumerate().rev() {
+        let last = n + 1 == code.len();
+        let (kills, reads) = effect(i);
+        live = match classify(i.code()) {
+            Class::Jcc => {
+                let next = if last { ahead(i.next_ip()) } else { live };
+                let all_read = reads | next == ALL;
+                reads | next | if all_read { 0 } else { ahead(i.near_branch_target()) }
+            }
+            Class::JmpDirect | Class::CallDirect => ahead(i.near_branch_target()),
+            _ => {
+                if last && kills != ALL && reads != ALL {
+                    live = ahead(i.next_ip());
+                }
+                live & !kills | reads
+            }
+        };
+        out[n] = live != 0;
+    }
+    out
+}
+
+/// Flags that an instruction overwrites for certain, and flags that it may read, or leave for somebody who does.
+fn effect(i: &Instruction) -> (u32, u32) {
+    match classify(i.code()) {
+        Class::Copy(_) | Class::Nop | Class::Lea | Class::BitTest | Class::Push | Class::Pop | Class::Leave => {}
+        Class::Jcc => return (0, i.rflags_read() & ALL),
+        Class::JmpDirect => return (0, 0),
+        // Rust code may look at them.
+        _ => return (0, ALL),
+    }
+    let mut kills = i.rflags_written() | i.rflags_cleared() | i.rflags_set();
+    if matches!(i.mnemonic(), Mnemonic::And | Mnemonic::Or | Mnemonic::Xor | Mnemonic::Test) {
+        // AF is undefined, which is to say that it does not keep its value.
+        kills |= B::AF;
+    }
+    let mut reads = i.rflags_read();
+    if maybe_unwritten(i) {
+        kills = 0;
+        reads |= i.rflags_modified();
+    }
+    (kills & ALL, reads & ALL)
+}
+
+/// Instructions whose flag results depend on a count that may be zero.
+fn maybe_unwritten(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(i.mnemonic(), M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd)
+        && !matches!(
+            i.code(),
+            Code::Shl_rm8_1
+                | Code::Shl_rm16_1
+                | Code::Shl_rm32_1
+                | Code::Shl_rm64_1
+                | Code::Shr_rm8_1
+                | Code::Shr_rm16_1
+                | Code::Shr_rm32_1
+                | Code::Shr_rm64_1
+                | Code::Sar_rm8_1
+                | Code::Sar_rm16_1
+                | Code::Sar_rm32_1
+                | Code::Sar_rm64_1
+        )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::DecoderOptions;
+
+    const BASE: u64 = 0x40_0000;
+
+    /// Liveness before each instruction of the block at the page's start, which is `count` instructions, and what was seen.
+    fn live(bytes: &[u8], count: usize) -> (Vec<bool>, Range<u16>) {
+        let mut page = bytes.to_vec();
+        page.resize(4096, 0xcc);
+        let code: Vec<_> = Decoder::with_ip(64, &page, BASE, DecoderOptions::NONE).into_iter().take(count).collect();
+        let mut peek = Peek::new(&page, BASE);
+        let out = flag_liveness(&code, Some(&mut peek));
+        (out, peek.seen())
+    }
+
+    #[test]
+    fn flags_are_dead_where_the_target_overwrites_them() {
+        // mov rax, [rbx]; jmp +0; xor ecx, ecx
+        let (out, seen) = live(&[0x48, 0x8b, 0x03, 0xeb, 0, 0x31, 0xc9], 2);
+        assert_eq!((out, seen), (vec![false, false], 5..7));
+    }
+
+    #[test]
+    fn flags_are_live_where_one_way_reads_them() {
+        // mov rax, [rbx]; jne +2; xor ecx, ecx; setc al: ZF is read by the jump, CF on the way that is taken.
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0x75, 2, 0x31, 0xc9, 0x0f, 0x92, 0xc0], 2);
+        assert_eq!(out, [true, true]);
+        // test eax, eax; mov rax, [rbx]; je +0; xor ecx, ecx: only ZF lives between the test and the jump.
+        let (out, seen) = live(&[0x85, 0xc0, 0x48, 0x8b, 0x03, 0x74, 0, 0x31, 0xc9], 3);
+        assert_eq!((out, seen), (vec![false, true, true], 7..9));
+        // inc eax, which keeps CF; then a way out of the page.
+        let (out, _) = live(&[0xeb, 0, 0xff, 0xc0, 0xe9, 0, 0x10, 0, 0], 1);
+        assert_eq!(out, [true]);
+    }
+
+    #[test]
+    fn nothing_is_known_without_the_page_or_behind_a_return() {
+        let code: Vec<_> = Decoder::with_ip(64, &[0xeb, 0xfe], BASE, DecoderOptions::NONE).into_iter().collect();
+        assert_eq!(flag_liveness(&code, None), [true]);
+        // mov rax, [rbx]; jmp +0; ret
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0xeb, 0, 0xc3], 2);
+        assert_eq!(out, [true, true]);
+        // A jump to itself never reads them, but nothing overwrites them either.
+        let (out, _) = live(&[0xeb, 0xfe], 1);
+        assert_eq!(out, [true]);
+    }
+}
