@@ -139,7 +139,13 @@ fn measure(command: &mut Command, args: &Args, debian: &Debian, port: u16, iperf
         let words = debian.ssh(port);
         host::output(Command::new("timeout").arg("120").args(words).arg(script))
     };
-    shell("systemctl is-system-running --wait")?;
+    // The prompt may come before the SSH server, and QEMU takes connections that nobody in the guest answers yet.
+    while let Err(failure) = shell("systemctl is-system-running --wait") {
+        if start.elapsed() > LIMIT {
+            return Err(failure);
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
     shell(&format!("dd if=/dev/urandom of=/root/fio.data bs=1M count={FILE_MIB} && sync"))?;
     for (name, pattern, block, depth, requests) in JOBS {
         let report = shell(&format!(
