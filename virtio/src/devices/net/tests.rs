@@ -326,3 +326,52 @@ fn mac_addresses_are_read() {
         assert!(parse_mac(wrong).is_err(), "{wrong}");
     }
 }
+
+/// A driver that writes at random over rings and descriptors while frames go both ways. The card may call for a reset,
+/// and works again after it; its thread never fails.
+#[test]
+fn whatever_a_driver_writes_the_card_survives() {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    // PARAVANE_FUZZ_RUNS=100000 makes an afternoon of it.
+    let runs = std::env::var("PARAVANE_FUZZ_RUNS").ok().and_then(|text| text.parse().ok()).unwrap_or(60);
+    for _ in 0..runs {
+        let features = [feature::MRG_RXBUF, feature::CTRL_VQ, feature::MQ, feature::CSUM];
+        let features = features.iter().filter(|_| random(4) > 0).sum();
+        let mut bench = Bench::new(2, features);
+        for _ in 0..random(300) {
+            let which = random(5) as usize;
+            match random(8) {
+                // A descriptor, mostly of sensible parts.
+                0..=3 => {
+                    let at =
+                        [buffer(0), 0x9_0000, (1 << 20) - 8, 1 << 40, u64::MAX - 7][random(5).min(random(5)) as usize];
+                    let len = [12, 60, 1526, 70_000, u32::MAX][random(5).min(random(5)) as usize];
+                    let (n, flags, next) = (random(17) as u16, random(8).min(random(8)) as u16, random(17) as u16);
+                    bench.drivers[which].descriptor(n, at, len, flags, next);
+                }
+                // A head, and the index with it.
+                4 | 5 => bench.drivers[which].offer(random(17).min(random(20)) as u16),
+                6 => {
+                    let at = bench.drivers[which].base + [0, 0x4000, 0x6000][random(3) as usize] + 2 * random(40);
+                    bench.drivers[which].put(at, random(1 << 16) as u16);
+                    bench.drivers[which].bell.ring();
+                }
+                _ => {
+                    let len = [14, 60, 1514, 20_000, 65_549][random(5) as usize];
+                    bench.deliver(Header::default(), vec![random(256) as u8; len]);
+                }
+            }
+        }
+        bench.net.reset();
+        assert!(!bench.net.backend.is_poisoned(), "the card's thread failed");
+        let ends = bench.ends.lock().unwrap();
+        assert!(ends.sent.iter().all(|packet| (HEADER + 14..=HEADER + super::LONGEST).contains(&packet.len())));
+        assert_eq!((ends.begun.len(), ends.ended), (1, 1));
+    }
+}
