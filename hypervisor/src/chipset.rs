@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use paravane_cpu::snapshot::LapicState;
-use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome};
+use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome, Startup};
 
 use crate::devices::acpi_pm::{AcpiPm, PM_TMR};
 use crate::devices::control::{Control, Kick, StopCause, event};
@@ -131,6 +131,8 @@ impl Interrupts {
     fn after_accept(&self, vcpu: u32, m: &Message) {
         match m.delivery {
             4 => self.control.raise(vcpu, event::NMI),
+            // On a PC the bootstrap processor begins at the firmware's reset vector again.
+            5 if vcpu == 0 => self.control.stop(StopCause::Reset),
             5 => self.control.raise(vcpu, event::INIT),
             6 => self.control.raise(vcpu, event::SIPI),
             7 => self.control.raise(vcpu, event::APIC),
@@ -320,6 +322,12 @@ impl Chipset {
     /// Blocks the calling thread, a halted vCPU's own, until there is something for it to do.
     pub fn wait_for_interrupt(&self, vcpu: u32) {
         self.irqs.control.sleep_until(vcpu, || self.irqs.control.events(vcpu) != 0);
+    }
+
+    /// Blocks the calling thread, that of a vCPU that waits for a start-up message, until INIT or such a message comes.
+    pub fn wait_for_startup(&self, vcpu: u32) {
+        let startup = event::INIT | event::SIPI;
+        self.irqs.control.sleep_until(vcpu, || self.irqs.control.events(vcpu) & startup != 0);
     }
 
     /// Stops the machine. The first cause counts.
@@ -648,6 +656,26 @@ impl Bus for Chipset {
         self.irqs.control.events(vcpu) & event::NMI != 0
             && self.irqs.control.clear(vcpu, event::NMI)
             && self.irqs.lapics.get(vcpu as usize).is_some_and(|a| lock(a).take_nmi())
+    }
+
+    fn take_startup(&self, vcpu: u32) -> Option<Startup> {
+        let control = &self.irqs.control;
+        if control.events(vcpu) & (event::INIT | event::SIPI) == 0 {
+            return None;
+        }
+        if control.clear(vcpu, event::INIT) {
+            self.settle_eoi(vcpu);
+            let taken = lock(self.irqs.lapics.get(vcpu as usize)?).take_init();
+            self.irqs.update(vcpu);
+            self.irqs.arm_lapic_timer(vcpu);
+            if taken {
+                return Some(Startup::Init);
+            }
+        }
+        if control.clear(vcpu, event::SIPI) {
+            return lock(self.irqs.lapics.get(vcpu as usize)?).take_sipi().map(Startup::Sipi);
+        }
+        None
     }
 
     fn lapic_save(&self, vcpu: u32) -> Option<LapicState> {

@@ -43,6 +43,9 @@ pub enum PerfMap {
     Keep,
 }
 
+/// Most vCPUs of a machine.
+pub const MAX_CPUS: u32 = 64;
+
 /// A machine to run.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -87,9 +90,15 @@ pub enum ConfigError {
     /// Memory out of bounds.
     #[error("a guest cannot have {0} bytes of memory; give it from 4M to 512G")]
     Memory(u64),
-    /// A number of vCPUs that does not work yet.
-    #[error("binary translation runs one vCPU in this version; leave --cpus at 1")]
-    Cpus,
+    /// A number of vCPUs that no machine has.
+    #[error("a machine cannot have {0} vCPUs; give it from 1 to {MAX_CPUS} with --cpus")]
+    Cpus(u32),
+    /// One vCPU is all that KVM gets.
+    #[error("the KVM engine runs one vCPU in this version; leave --cpus at 1 or use --engine bt")]
+    KvmCpus,
+    /// Names for perf are of one vCPU.
+    #[error("names for perf are written for one vCPU only; leave --cpus at 1 with --perf-map")]
+    PerfMapCpus,
     /// An engine that does not exist.
     #[error("\"{0}\" is no engine; use auto, bt or kvm")]
     Engine(String),
@@ -136,8 +145,11 @@ impl VmConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) {
             return Err(ConfigError::Memory(self.memory));
         }
-        if self.cpus != 1 {
-            return Err(ConfigError::Cpus);
+        if !(1..=MAX_CPUS).contains(&self.cpus) {
+            return Err(ConfigError::Cpus(self.cpus));
+        }
+        if self.cpus > 1 && self.perf_map.is_some() {
+            return Err(ConfigError::PerfMapCpus);
         }
         Ok(())
     }

@@ -69,7 +69,7 @@ struct Run {
     /// Guest memory, with K, M or G [default: 512M]
     #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
     memory: Option<u64>,
-    /// Number of vCPUs [default: 1]
+    /// Number of vCPUs, 1 to 64 [default: 1]
     #[arg(long, value_name = "N")]
     cpus: Option<u32>,
     /// Engine: auto, bt (binary translation) or kvm [default: auto]

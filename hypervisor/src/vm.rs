@@ -162,7 +162,13 @@ impl Outcome {
 /// See [`VmError`].
 pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     cfg.validate()?;
-    let (kind, reason) = engine::choose(cfg.engine, cfg.only_bt());
+    let (kind, reason) = match engine::choose(cfg.engine, cfg.only_bt()) {
+        (EngineKind::Kvm, _) if cfg.cpus > 1 && cfg.engine == EngineKind::Auto => {
+            (EngineKind::Bt, "the KVM engine runs one vCPU in this version".to_owned())
+        }
+        (EngineKind::Kvm, _) if cfg.cpus > 1 => return Err(ConfigError::KvmCpus.into()),
+        choice => choice,
+    };
     if kind == EngineKind::Kvm && kvm::emulates_ring0() {
         warn("this host's KVM only emulates ring 0, so a kernel runs slowly and may fail; --engine bt is faster here");
     }
@@ -184,26 +190,35 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port, pv })?;
     let _ = ending.chipset.set(Arc::downgrade(&chipset));
     let tsc_khz = tsc::tsc_khz();
-    let info = MachineInfo {
+    let mut info = MachineInfo {
         cpus: cfg.cpus,
         tsc_khz,
         apic_hz: lapic::BUS_HZ,
         windows: cfg.windows,
-        hypervisor_leaves: chipset.hypervisor_leaves(0, tsc_khz, lapic::BUS_HZ),
+        hypervisor_leaves: Vec::new(),
     };
-    let mut vcpu = engine::make(kind, 0, mem.clone(), chipset.clone(), &info)?;
+    let mut vcpus = Vec::new();
+    for n in 0..cfg.cpus {
+        info.hypervisor_leaves = chipset.hypervisor_leaves(n, tsc_khz, lapic::BUS_HZ);
+        vcpus.push(engine::make(kind, n, mem.clone(), chipset.clone(), &info)?);
+    }
     let placed = peripherals::add(&cfg.devices, &mem, &chipset)?;
     let rsdp = acpi::write(&mem, cfg.cpus, &placed.mmio)?;
     smbios::write(&mem)?;
     let boot = Boot { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cfg.cmdline, rsdp };
-    let format = loader::load(&mem, &boot, vcpu.state_mut())?;
+    let format = loader::load(&mem, &boot, vcpus[0].state_mut())?;
     drop((kernel, initrd));
-    chipset.set_kick(0, vcpu.kick());
     if let Some(names) = cfg.perf_map {
-        vcpu.write_perf_map(names == PerfMap::Keep)?;
+        vcpus[0].write_perf_map(names == PerfMap::Keep)?;
     }
-    if profiling.is_some() {
-        vcpu.start_profile()?;
+    for (n, vcpu) in vcpus.iter_mut().enumerate() {
+        if n != 0 {
+            vcpu.state_mut().init();
+        }
+        chipset.set_kick(n as u32, vcpu.kick());
+        if profiling.is_some() {
+            vcpu.start_profile()?;
+        }
     }
 
     let terminal = {
@@ -222,10 +237,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         Terminal::start(cfg.serial == SerialConfig::Stdio, move |bytes| feed.serial_input(bytes), handle)?
     };
     let began = Instant::now();
-    let ran = {
-        let chipset = chipset.clone();
-        std::thread::Builder::new().name("vcpu0".into()).spawn(move || run_vcpu(0, vcpu, &chipset))?.join()
-    };
+    let ran = run_vcpus(vcpus, &chipset);
     let ran_for = began.elapsed();
     // Whatever happened to the vCPU, nobody is to wait for it from here on. The first cause counts.
     chipset.stop(StopCause::Host);
@@ -235,7 +247,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         output.finish();
     }
     drop(terminal);
-    let ran = ran.map_err(|_| VmError::Defect)?;
+    let ran = ran?;
     if cfg.stats {
         print_stats(format, (kind, &reason), ran_for, &ran.counters);
     }
@@ -314,7 +326,7 @@ impl Serial {
 
 type Counters = Vec<(String, u64)>;
 
-/// What a vCPU leaves behind.
+/// What vCPUs leave behind.
 struct Ran {
     result: Result<(), EngineError>,
     counters: Counters,
@@ -323,8 +335,75 @@ struct Ran {
 
 /// A vCPU's thread.
 fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> Ran {
+    /// Stops the machine when the thread panics, so that the other vCPUs end, too.
+    struct Panicking<'a>(&'a Chipset);
+    impl Drop for Panicking<'_> {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                self.0.stop(StopCause::Host);
+            }
+        }
+    }
+    let _guard = Panicking(chipset);
     let result = running::drive(id, &mut *vcpu, chipset).map(|_| ());
     Ran { result, counters: vcpu.counters(), profile: vcpu.take_profile() }
+}
+
+/// Runs all vCPUs, each on a thread of its own, until the machine stops. Gives what they leave behind, taken together.
+fn run_vcpus(vcpus: Vec<Box<dyn Vcpu>>, chipset: &Arc<Chipset>) -> Result<Ran, VmError> {
+    let mut threads = Vec::new();
+    let mut refused = None;
+    for (n, vcpu) in vcpus.into_iter().enumerate() {
+        let its = chipset.clone();
+        let thread = std::thread::Builder::new().name(format!("vcpu{n}"));
+        match thread.spawn(move || run_vcpu(n as u32, vcpu, &its)) {
+            Ok(t) => threads.push(t),
+            Err(e) => {
+                chipset.stop(StopCause::Host);
+                refused = Some(e);
+                break;
+            }
+        }
+    }
+    let all: Vec<_> = threads.into_iter().map(std::thread::JoinHandle::join).collect();
+    if let Some(e) = refused {
+        return Err(e.into());
+    }
+    let mut sum: Option<Ran> = None;
+    for ran in all {
+        let ran = ran.map_err(|_| VmError::Defect)?;
+        match &mut sum {
+            None => sum = Some(ran),
+            Some(sum) => sum.add(ran),
+        }
+    }
+    sum.ok_or(VmError::Defect)
+}
+
+impl Ran {
+    /// Adds another vCPU's.
+    fn add(&mut self, other: Self) {
+        if self.result.is_ok() {
+            self.result = other.result;
+        }
+        for (name, value) in other.counters {
+            match self.counters.iter_mut().find(|c| c.0 == name) {
+                // A bound is not additive.
+                Some(c) if name.contains("below") => c.1 = c.1.max(value),
+                Some(c) => c.1 += value,
+                None => self.counters.push((name, value)),
+            }
+        }
+        match (&mut self.profile, other.profile) {
+            (Some(all), Some(more)) => {
+                all.entries.extend(more.entries);
+                all.lost += more.lost;
+                all.lstar = all.lstar.max(more.lstar);
+            }
+            (all @ None, more) => *all = more,
+            (Some(_), None) => {}
+        }
+    }
 }
 
 /// Where a profile goes and what it is read with: both are opened before the run, so that none is in vain.

@@ -7,8 +7,8 @@ use crate::profile::{self, Cause};
 use crate::state::BtState;
 use crate::thunks;
 use crate::vcpu::BtError;
-use paravane_cpu::state::rflags;
-use paravane_cpu::{Exception, StopReason, VcpuExit, interrupt};
+use paravane_cpu::state::{AWAITS_STARTUP, rflags};
+use paravane_cpu::{Exception, Startup, StopReason, VcpuExit, interrupt};
 
 /// Exit codes of translated code.
 pub(crate) const EXIT_RESYNC: u64 = 0;
@@ -30,7 +30,7 @@ impl Engine {
             if self.memory.requested() {
                 self.memory.acknowledge();
             }
-            self.see_to_device_writes();
+            self.see_to_mail();
             if self.machine_stopping || self.bus.stopping() {
                 self.machine_stopping = false;
                 return Ok(VcpuExit::Stopped);
@@ -41,6 +41,9 @@ impl Engine {
                 continue;
             }
             let st = self.cpu();
+            if st.halted == AWAITS_STARTUP {
+                return Ok(VcpuExit::AwaitsStartup);
+            }
             if st.halted != 0 && self.bus.wakes(self.id) {
                 st.halted = 0;
             }
@@ -73,6 +76,12 @@ impl Engine {
     fn deliver_events(&mut self) {
         self.profile.begin(Cause::Interrupt);
         let st = self.cpu();
+        if let Some(message) = self.bus.take_startup(self.id) {
+            return self.start_up(message);
+        }
+        if st.halted == AWAITS_STARTUP {
+            return;
+        }
         if let Some(injection) = self.injection.take() {
             return self.deliver_injection(injection);
         }
@@ -99,6 +108,23 @@ impl Engine {
             if let Err(stop) = interrupt::deliver_external(st, self, vector) {
                 self.stop = Some(stop);
             }
+        }
+    }
+
+    /// INIT or a start-up message has come.
+    fn start_up(&mut self, message: Startup) {
+        let st = self.cpu();
+        match message {
+            Startup::Init => {
+                st.init();
+                self.injection = None;
+                self.shared().irq_window = 0;
+                self.forget_calls();
+                self.state_replaced();
+            }
+            Startup::Sipi(vector) if st.halted == AWAITS_STARTUP => st.start_up(vector),
+            // It runs already.
+            Startup::Sipi(_) => {}
         }
     }
 

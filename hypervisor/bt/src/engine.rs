@@ -8,7 +8,7 @@ use crate::fetch::{CodePage, ExecTlb};
 use crate::perf_map::PerfMap;
 use crate::profile::Profiler;
 use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Thunk, VIEWS};
-use crate::stats::Stats;
+use crate::stats::{Histogram, Stats};
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
 use crate::window::Window;
 use crate::{dma, fault, softmmu, thunks};
@@ -16,12 +16,12 @@ use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic};
 use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
 use paravane_cpu::snapshot::Injection;
 use paravane_cpu::{Bus, CpuState, StopReason};
-use paravane_ram::WriteWatch;
+use paravane_ram::{Slot, WriteWatch};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 /// A hasher for keys that are a few words of address bits: multiply and fold.
 #[derive(Default)]
@@ -75,39 +75,54 @@ impl Used {
 }
 
 /// A run of guest RAM and where the host has it.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct RamRegion {
     gpa: u64,
     len: u64,
     hva: u64,
     /// File behind it, and the offset of its first byte there, when it has one that can be mapped again.
     file: Option<(i32, u64)>,
+    watch: WriteWatch,
+    /// This vCPU's place in the watch.
+    slot: Slot,
 }
 
 /// Guest RAM by host address, for the paths that cannot afford more than a compare.
 pub(crate) struct Ram {
     regions: Vec<RamRegion>,
-    /// Keeps the mappings alive, and knows who watches them.
-    mem: GuestRam,
+    /// Keeps the mappings alive.
+    _mem: GuestRam,
 }
 
 impl Ram {
-    fn new(mem: GuestRam) -> Self {
+    /// `slots`: the vCPU's place in each region's watch.
+    fn new(mem: GuestRam, slots: &[Slot]) -> Self {
         let regions = mem
             .iter()
-            .filter_map(|r| {
+            .zip(slots)
+            .filter_map(|(r, &slot)| {
                 let hva = r.get_host_address(MemoryRegionAddress(0)).ok()?;
                 let file = r.file_offset().map(|f| (f.file().as_raw_fd(), f.start()));
-                Some(RamRegion { gpa: r.start_addr().raw_value(), len: r.len(), hva: hva as u64, file })
+                let watch = dma::map(r).bitmap().clone();
+                Some(RamRegion { gpa: r.start_addr().raw_value(), len: r.len(), hva: hva as u64, file, watch, slot })
             })
             .collect();
-        Self { regions, mem }
+        Self { regions, _mem: mem }
     }
 
-    /// The watch over the region that holds `gpa`, and the offset there.
-    pub(crate) fn watch(&self, gpa: u64) -> Option<(&WriteWatch, u64)> {
-        let (region, at) = self.mem.to_region_addr(GuestAddress(gpa))?;
-        Some((dma::map(region).bitmap(), at.raw_value()))
+    /// The watch over the region that holds `gpa`, this vCPU's place in it, and the offset there.
+    #[inline]
+    pub(crate) fn watch(&self, gpa: u64) -> Option<(&WriteWatch, Slot, u64)> {
+        self.regions.iter().find_map(|r| {
+            let at = gpa.wrapping_sub(r.gpa);
+            (at < r.len).then_some((&r.watch, r.slot, at))
+        })
+    }
+
+    /// Whether other vCPUs use this RAM.
+    #[inline]
+    pub(crate) fn several(&self) -> bool {
+        self.regions.first().is_some_and(|r| r.watch.several())
     }
 
     /// The file and the offset in it that hold the page at `gpa`.
@@ -151,8 +166,10 @@ pub(crate) struct Engine {
     pub(crate) map: WordMap<Key, BlockId>,
     /// Pages that hold translated code.
     pub(crate) pages: WordMap<u64, CodePage>,
-    /// What devices wrote to them.
+    /// What others wrote to them or want of this vCPU.
     pub(crate) mailbox: Arc<dma::Mailbox>,
+    /// How long others let this vCPU wait when it began to make code from a page.
+    pub(crate) waits: Histogram,
     pub(crate) exec_tlb: ExecTlb,
     /// Exits linked across a page boundary, which a change of mappings must undo.
     pub(crate) cross_links: Vec<u32>,
@@ -224,8 +241,8 @@ impl Engine {
         set(st, Thunk::LookupSuper, thunks::lookup_second::<2>);
         set(st, Thunk::Chain, thunks::chain);
         set(st, Thunk::LoadFpu, thunks::load_fpu);
-        let mailbox = dma::Mailbox::new(memory.clone(), &mem);
-        let ram = Ram::new(mem);
+        let (mailbox, slots) = dma::Mailbox::new(memory.clone(), &mem)?;
+        let ram = Ram::new(mem, &slots);
         let window = Window::new(&memory, &ram, cfg.windows);
         (st.high_mask, st.low_mask) = (crate::window::HIGH_MASK, crate::window::LOW_MASK);
         st.high_back = crate::window::HIGH_DISTANCE;
@@ -250,6 +267,7 @@ impl Engine {
             map: WordMap::default(),
             pages: WordMap::default(),
             mailbox,
+            waits: Histogram::default(),
             exec_tlb: ExecTlb::new(),
             cross_links: Vec::new(),
             low_cross_links: false,
@@ -307,6 +325,7 @@ impl Engine {
     /// All counters with their names; emulated instructions by mnemonic, most frequent first.
     pub(crate) fn counters(&self) -> Vec<(String, u64)> {
         let mut out: Vec<_> = self.stats.list().into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
+        out.extend(self.waits.list("waits for other vCPUs"));
         let mut by_name: Vec<_> =
             Mnemonic::values().zip(&self.emulated).filter(|(_, n)| **n != 0).map(|(m, n)| (m, *n)).collect();
         by_name.sort_by_key(|&(_, n)| std::cmp::Reverse(n));

@@ -5,14 +5,14 @@ use crate::engine::Engine;
 use paravane_cpu::cpuid::CpuidPolicy;
 use paravane_cpu::mmu::Access;
 use paravane_cpu::{Bus, BusOutcome, CpuState, Env, Exception, HypercallOutcome, TlbFlush};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 impl Env for Engine {
     fn read_phys(&mut self, gpa: u64, data: &mut [u8]) {
         if let Some(p) = self.ram.host(gpa, data.len() as u64) {
             // SAFETY: `data.len()` bytes of mapped guest RAM; the guest may change them meanwhile, which plain copies
             // of bytes tolerate.
-            unsafe { std::ptr::copy_nonoverlapping(p, data.as_mut_ptr(), data.len()) };
+            unsafe { load(p, data) };
             return;
         }
         self.stats.mmio_reads += 1;
@@ -27,7 +27,8 @@ impl Env for Engine {
                 self.ram_written(gpa, data.len() as u64);
             }
             // SAFETY: as in `read_phys`.
-            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), p, data.len()) };
+            unsafe { store(p, data) };
+            self.ram.report(gpa, data.len() as u64);
             return;
         }
         self.stats.mmio_writes += 1;
@@ -51,8 +52,11 @@ impl Env for Engine {
 
     fn update_pte(&mut self, gpa: u64, bytes: u8, old: u64, new: u64) -> bool {
         let Some(p) = self.ram.host(gpa, u64::from(bytes)) else { return false };
+        if self.pages.contains_key(&(gpa & !0xfff)) {
+            self.ram_written(gpa, u64::from(bytes));
+        }
         // SAFETY: as in `read_pte`.
-        unsafe {
+        let done = unsafe {
             if bytes == 8 {
                 (*p.cast::<AtomicU64>()).compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
             } else {
@@ -60,7 +64,9 @@ impl Env for Engine {
                     .compare_exchange(old as u32, new as u32, Ordering::SeqCst, Ordering::SeqCst)
                     .is_ok()
             }
-        }
+        };
+        self.ram.report(gpa, u64::from(bytes));
+        done
     }
 
     fn translate(&mut self, st: &CpuState, la: u64, access: Access) -> Result<u64, Exception> {
@@ -74,6 +80,7 @@ impl Env for Engine {
         }
         // SAFETY: as in `read_pte`; callers pass naturally aligned addresses.
         unsafe { (*p.cast::<AtomicU64>()).store(value, Ordering::SeqCst) };
+        self.ram.report(gpa, 8);
         true
     }
 
@@ -119,10 +126,49 @@ impl Env for Engine {
     }
 
     fn ram_slice(&mut self, gpa: u64, len: usize, write: bool) -> Option<*mut u8> {
-        if write && self.pages.contains_key(&(gpa & !0xfff)) {
-            return None;
+        let host = self.ram.host(gpa, len as u64)?;
+        (!write || self.ram.claim(gpa)).then_some(host)
+    }
+}
+
+/// Reads guest RAM; naturally aligned operands of up to 8 bytes in one piece, as other vCPUs expect of a CPU.
+///
+/// # Safety
+/// `from` is good for reads of `data.len()` bytes.
+unsafe fn load(from: *const u8, data: &mut [u8]) {
+    let aligned = (from as usize).is_multiple_of(data.len().max(1));
+    // SAFETY: as the caller says; the atomics are aligned.
+    unsafe {
+        match data.len() {
+            1 => data[0] = (*from.cast::<AtomicU8>()).load(Ordering::Acquire),
+            2 if aligned => data.copy_from_slice(&(*from.cast::<AtomicU16>()).load(Ordering::Acquire).to_le_bytes()),
+            4 if aligned => data.copy_from_slice(&(*from.cast::<AtomicU32>()).load(Ordering::Acquire).to_le_bytes()),
+            8 if aligned => data.copy_from_slice(&(*from.cast::<AtomicU64>()).load(Ordering::Acquire).to_le_bytes()),
+            n => std::ptr::copy_nonoverlapping(from, data.as_mut_ptr(), n),
         }
-        self.ram.host(gpa, len as u64)
+    }
+}
+
+/// Writes guest RAM; see [`load`].
+///
+/// # Safety
+/// `to` is good for writes of `data.len()` bytes.
+unsafe fn store(to: *mut u8, data: &[u8]) {
+    let aligned = (to as usize).is_multiple_of(data.len().max(1));
+    // SAFETY: as the caller says; the atomics are aligned.
+    unsafe {
+        match *data {
+            [a] => (*to.cast::<AtomicU8>()).store(a, Ordering::Release),
+            [a, b] if aligned => (*to.cast::<AtomicU16>()).store(u16::from_le_bytes([a, b]), Ordering::Release),
+            [a, b, c, d] if aligned => {
+                (*to.cast::<AtomicU32>()).store(u32::from_le_bytes([a, b, c, d]), Ordering::Release);
+            }
+            [a, b, c, d, e, f, g, h] if aligned => {
+                let v = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+                (*to.cast::<AtomicU64>()).store(v, Ordering::Release);
+            }
+            _ => std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()),
+        }
     }
 }
 

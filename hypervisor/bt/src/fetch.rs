@@ -11,6 +11,8 @@ use paravane_cpu::state::rflags;
 use paravane_cpu::{Env, Exception, Seg, Segment};
 use std::time::Instant;
 
+/// Most bytes that a block is made from: more instructions than it takes, however long they are.
+const MAX_BYTES: usize = 1024;
 /// Longest instruction (SDM vol. 2, section 2.3.11).
 const MAX_LEN: usize = 15;
 
@@ -18,6 +20,8 @@ const MAX_LEN: usize = 15;
 #[derive(Default)]
 pub(crate) struct CodePage {
     pub(crate) blocks: Vec<BlockId>,
+    /// How often others have written to it.
+    pub(crate) writes: u32,
 }
 
 /// Linear pages that code was fetched from, so that not every fetch walks the page tables.
@@ -299,10 +303,16 @@ impl Engine {
         let began = Instant::now();
         let room = 4096 - (key.gpa as usize & 0xfff);
         let mut outside = [0u8; MAX_LEN];
+        let mut copy = [0u8; MAX_BYTES];
         let bytes: &[u8] = match self.ram.host(key.gpa, room as u64) {
-            // SAFETY: `room` bytes of guest RAM, which stays mapped. The guest may write it at any time; bytes are
-            // decoded once, and a page with translated code is watched for writes from then on.
-            Some(p) => unsafe { std::slice::from_raw_parts(p, room) },
+            Some(p) => {
+                // A copy, because other vCPUs and devices may write to the page meanwhile. They tell of it afterwards, as the page is
+                // watched already.
+                let n = room.min(MAX_BYTES);
+                // SAFETY: `room` bytes of guest RAM, which stays mapped.
+                unsafe { std::ptr::copy_nonoverlapping(p, copy.as_mut_ptr(), n) };
+                &copy[..n]
+            }
             None => {
                 // Code in device memory: one instruction at a time, never kept.
                 key.mode.0 |= Mode::SINGLE;

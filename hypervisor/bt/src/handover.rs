@@ -7,7 +7,7 @@
 
 use crate::engine::Engine;
 use paravane_cpu::msr::shift_deadline;
-use paravane_cpu::snapshot::{Activity, Injection, StateError, VcpuSnapshot};
+use paravane_cpu::snapshot::{Injection, StateError, VcpuSnapshot};
 use paravane_cpu::{Env, interrupt};
 
 impl Engine {
@@ -29,11 +29,6 @@ impl Engine {
             return Err(StateError::Invalid(format!("it is of vCPU {} and was given to vCPU {}", s.id, self.id)));
         }
         let state = s.restore(&self.cpuid)?;
-        if s.activity == Activity::WaitForSipi {
-            return Err(StateError::Unsupported(
-                "binary translation has no vCPUs that wait for a start-up message yet",
-            ));
-        }
         if let Some(lapic) = &s.lapic {
             let mut lapic = lapic.clone();
             lapic.tsc_deadline = shift_deadline(lapic.tsc_deadline, s.tsc.offset.wrapping_neg());

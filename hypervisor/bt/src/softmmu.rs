@@ -42,6 +42,8 @@ pub(crate) struct BounceTarget {
     fault: Option<Exception>,
     /// The store is an x87 instruction's.
     x87: bool,
+    /// The instruction has worked on guest RAM itself, at the first piece.
+    direct: bool,
 }
 
 impl Engine {
@@ -57,7 +59,7 @@ impl Engine {
         if s.masked && self.active_bytes(s) == Some(0) {
             // Nothing is touched, so nothing about the address matters.
             self.bounce =
-                BounceTarget { pieces: [Piece::default(); 2], at: 0, active: Some(0), fault: None, x87: false };
+                BounceTarget { active: Some(0), ..BounceTarget::default() };
             return Ok(Resolved::Bounced(self.shared().bounce.0.as_ptr() as u64));
         }
         if s.align > 1 && la & u64::from(s.align - 1) != 0 {
@@ -87,11 +89,11 @@ impl Engine {
         };
         let page = t.gpa & !0xfff;
         let Some(hva) = self.ram.host(page, 4096) else { return self.bounce_access(la, s, kind) };
-        if s.write && self.pages.contains_key(&page) {
-            if self.overwrite(t.gpa, size, s.block) {
+        if s.write {
+            if self.pages.contains_key(&page) && self.overwrite(t.gpa, size, s.block) {
                 return Ok(Resolved::OwnCode);
             }
-            if self.pages.contains_key(&page) {
+            if !self.ram.claim(page) {
                 return self.bounce_access(la, s, kind);
             }
         }
@@ -145,7 +147,7 @@ impl Engine {
             self.tlb_used[view].note(n, global, TLB_ENTRIES);
         }
         let was_writable = entry.ntag_r == ntag && entry.ntag_w == ntag && entry.gpa & !0xfff == page;
-        let write = (writable || was_writable) && !self.pages.contains_key(&page);
+        let write = (writable || was_writable) && self.ram.claim(page);
         *entry = TlbEntry {
             ntag_r: ntag,
             ntag_w: if write { ntag } else { empty_ntag(n) },
@@ -196,9 +198,17 @@ impl Engine {
                 return Ok(Resolved::OwnCode);
             }
         }
+        if let [p, Piece { len: 0, .. }] = pieces
+            && let Some(host) = self.ram.host(p.gpa, p.len as u64)
+        {
+            // RAM within a page: the instruction works on it in place, as atomic as it is by itself, and the store is reported behind it.
+            self.stats.direct += u64::from(s.write);
+            self.bounce = BounceTarget { pieces, direct: true, ..BounceTarget::default() };
+            return Ok(Resolved::Bounced(host as u64));
+        }
         self.stats.bounced += 1;
         self.profile.begin(Cause::Bounce);
-        self.bounce = BounceTarget { pieces, at: start, active: None, fault: None, x87: false };
+        self.bounce = BounceTarget { pieces, at: start, ..BounceTarget::default() };
         let buf = &mut self.shared().bounce.0;
         let mut at = start;
         for p in pieces.iter().filter(|p| p.len > 0) {
@@ -232,7 +242,11 @@ impl Engine {
             st.xsave.0[..self.before_fault.len()].copy_from_slice(&self.before_fault);
             return Err(exc);
         }
-        let BounceTarget { pieces, at: start, active, .. } = self.bounce;
+        let BounceTarget { pieces, at: start, active, direct, .. } = self.bounce;
+        if direct {
+            self.ram.report(pieces[0].gpa, pieces[0].len as u64);
+            return Ok(());
+        }
         let buf = self.shared().bounce.0;
         let mut at = start;
         for p in pieces.iter().filter(|p| p.len > 0) {
@@ -298,7 +312,7 @@ impl Engine {
         // A piece that is not there still takes its place in the buffer.
         let place = |n: usize, len: usize| if pieces[n].len > 0 { pieces[n] } else { Piece { gpa: 0, len } };
         let pieces = [place(0, first), place(1, size - first)];
-        self.bounce = BounceTarget { pieces, at: start, active: Some(active), fault: None, x87: false };
+        self.bounce = BounceTarget { pieces, at: start, active: Some(active), ..BounceTarget::default() };
         Ok(Resolved::Bounced(buf.as_ptr() as u64))
     }
 
@@ -370,7 +384,11 @@ impl Engine {
         if p.blocks.len() > 1 {
             return;
         }
-        self.protect_in_window(page);
+        self.drop_write_access(page);
+    }
+
+    /// Takes write access from every soft-TLB entry of a guest-physical page.
+    pub(crate) fn drop_write_entries(&mut self, page: u64) {
         for view in 0..VIEWS {
             let used = &self.tlb_used[view];
             for n in used.local.iter().chain(&used.global).map(|&n| usize::from(n)) {

@@ -261,6 +261,7 @@ pub(crate) mod off {
     pub(crate) const NEG_LAST_FRAME: i32 = offset_of!(BtState, neg_last_frame) as i32;
     pub(crate) const MODE: i32 = offset_of!(BtState, mode) as i32;
     pub(crate) const IRQ_WINDOW: i32 = offset_of!(BtState, irq_window) as i32;
+    pub(crate) const REQUEST: i32 = offset_of!(BtState, request) as i32;
     pub(crate) const FPU_LIVE: i32 = offset_of!(BtState, fpu_live) as i32;
     pub(crate) const POLL: i32 = offset_of!(BtState, poll_page) as i32;
     pub(crate) const TSC_AUX: i32 = offset_of!(BtState, cpu.tsc_aux) as i32;

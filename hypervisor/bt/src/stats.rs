@@ -46,8 +46,44 @@ counters! {
     interrupts = "interrupts delivered",
     host_faults = "host signals in translated code",
     polls = "poll exits",
-    device_writes = "device writes to pages with code",
+    device_writes = "writes by others to pages with code",
+    withdrawals = "pages given up for others' code",
+    direct = "stores to pages with code",
     smc_invalidations = "blocks invalidated by writes to code",
     exits = "dispatcher entries",
     halts = "halts",
+}
+
+/// Durations by powers of two of nanoseconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Histogram {
+    counts: [u64; 32],
+    total: u64,
+}
+
+impl Histogram {
+    pub(crate) fn note(&mut self, d: std::time::Duration) {
+        let ns = d.as_nanos() as u64;
+        self.total += ns;
+        self.counts[(64 - ns.leading_zeros() as usize).min(31)] += 1;
+    }
+
+    /// How many there were, how long they took in total, and a bound that all but one percent keep; nothing if there were none.
+    pub(crate) fn list(&self, what: &str) -> Vec<(String, u64)> {
+        let count: u64 = self.counts.iter().sum();
+        if count == 0 {
+            return Vec::new();
+        }
+        let mut seen = 0;
+        let at = self.counts.iter().position(|n| {
+            seen += n;
+            seen * 100 >= count * 99
+        });
+        let bound = 1u64 << at.unwrap_or(31);
+        vec![
+            (what.to_owned(), count),
+            (format!("{what} (ns)"), self.total),
+            (format!("{what}, 99 of 100 below (ns)"), bound),
+        ]
+    }
 }

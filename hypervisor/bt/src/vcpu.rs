@@ -200,6 +200,11 @@ impl StateMemory {
         self.atomics().1.store(0, SeqCst);
     }
 
+    /// Whether the vCPU is in translated code or in what that called.
+    pub(crate) fn inside(&self) -> bool {
+        self.atomics().1.load(SeqCst) != 0
+    }
+
     /// Whether somebody wants the vCPU's attention.
     pub(crate) fn requested(&self) -> bool {
         self.atomics().0.load(SeqCst) != 0

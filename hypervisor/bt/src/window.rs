@@ -800,7 +800,7 @@ impl Engine {
         self.window.host(page)?;
         let leaf = self.leaf(page, cached)?;
         self.ram.host(leaf.gpa, PAGE)?;
-        let writable = leaf.writable && !self.pages.contains_key(&leaf.gpa);
+        let writable = leaf.writable && self.ram.claim(leaf.gpa);
         Some(Mapped { gpa: leaf.gpa, writable, large: leaf.large })
     }
 }

@@ -29,6 +29,15 @@ pub enum HypercallOutcome {
     Stopping,
 }
 
+/// A message that starts a vCPU, or makes it ready to be started (SDM vol. 3, section 9.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Startup {
+    /// INIT. The local APIC has gone through it already; the rest is [`CpuState::init`].
+    Init,
+    /// SIPI with its vector; nothing happens unless the vCPU waits for it. See [`CpuState::start_up`].
+    Sipi(u8),
+}
+
 /// The machine as one vCPU sees it: port I/O, MMIO outside RAM, the interrupt controllers, the local APIC.
 ///
 /// Addresses are guest-physical, sizes are `data.len()` (1, 2, 4 or 8 bytes). Reads that nothing answers give all ones; writes that
@@ -68,6 +77,11 @@ pub trait Bus: Send + Sync {
     fn lapic_load(&self, vcpu: u32, state: &LapicState) -> bool {
         let _ = (vcpu, state);
         false
+    }
+    /// Takes a pending INIT, or else a pending start-up message. Cheap when there is none.
+    fn take_startup(&self, vcpu: u32) -> Option<Startup> {
+        let _ = vcpu;
+        None
     }
     /// Whether the machine is stopping or paused and vCPUs should leave their run loops.
     fn stopping(&self) -> bool;

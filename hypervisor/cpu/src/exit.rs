@@ -106,6 +106,8 @@ pub enum StopReason {
 pub enum VcpuExit {
     /// The vCPU executed HLT with nothing pending. Run it again once an interrupt is pending.
     Halt,
+    /// The vCPU waits for a start-up message. Run it again once INIT or a start-up message has come.
+    AwaitsStartup,
     /// Someone asked this vCPU to come out (see the engine's kick handle with `stop`), or the machine is stopping.
     Stopped,
     /// Triple fault.

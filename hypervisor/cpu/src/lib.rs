@@ -37,7 +37,7 @@ mod flat_env;
 #[cfg(test)]
 mod testkit;
 
-pub use env::{Bus, BusOutcome, Env, HypercallOutcome, TlbFlush};
+pub use env::{Bus, BusOutcome, Env, HypercallOutcome, Startup, TlbFlush};
 pub use exit::{Exception, PageFaultCode, Step, StopReason, VcpuExit};
 pub use masked::is_masked_store;
 pub use state::{CpuState, Reg, Seg, Segment, TableReg};

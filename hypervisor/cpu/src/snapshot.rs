@@ -17,7 +17,7 @@ mod lapic;
 
 use crate::CpuState;
 use crate::cpuid::CpuidPolicy;
-use crate::state::{Seg, Segment, TableReg, XsaveArea};
+use crate::state::{AWAITS_STARTUP, Seg, Segment, TableReg, XsaveArea};
 use serde::{Deserialize, Serialize};
 
 pub use fpu::{FpuState, Hex};
@@ -257,13 +257,17 @@ impl VcpuSnapshot {
             },
             tsc: Tsc { offset: st.tsc_offset, adjust: st.tsc_adjust, value: host_tsc.wrapping_add(st.tsc_offset) },
             fpu: FpuState::from_xsave(&st.xsave),
-            activity: if st.halted != 0 { Activity::Halted } else { Activity::Running },
+            activity: match st.halted {
+                0 => Activity::Running,
+                AWAITS_STARTUP => Activity::WaitForSipi,
+                _ => Activity::Halted,
+            },
             events: Events { interrupt_shadow: st.irq_shadow != 0, nmi_blocked: st.nmi_blocked != 0, injection: None },
             lapic: None,
         }
     }
 
-    /// Checks the snapshot, then makes the [`CpuState`] of it. What [`CpuState`] does not hold (a wait for SIPI, an injection, the
+    /// Checks the snapshot, then makes the [`CpuState`] of it. What [`CpuState`] does not hold (an injection, the
     /// local APIC) remains for the caller.
     ///
     /// # Errors
@@ -292,7 +296,11 @@ impl VcpuSnapshot {
             cpl: self.cpl,
             irq_shadow: self.events.interrupt_shadow.into(),
             nmi_blocked: self.events.nmi_blocked.into(),
-            halted: (self.activity == Activity::Halted).into(),
+            halted: match self.activity {
+                Activity::Running => 0,
+                Activity::Halted => 1,
+                Activity::WaitForSipi => AWAITS_STARTUP,
+            },
             ldtr: s.ldtr,
             tr: s.tr,
             gdtr: s.gdtr,

@@ -236,7 +236,7 @@ pub struct CpuState {
     pub irq_shadow: u8,
     /// NMIs are blocked until the next IRET.
     pub nmi_blocked: u8,
-    /// The vCPU executed HLT and waits for an interrupt.
+    /// Whether the vCPU runs: 0 if it does, 1 if it executed HLT and waits for an interrupt, [`AWAITS_STARTUP`].
     pub halted: u8,
     /// Local descriptor table register.
     pub ldtr: Segment,
@@ -274,7 +274,50 @@ pub struct CpuState {
     pub xsave: XsaveArea,
 }
 
+/// Value of [`CpuState::halted`]: the vCPU waits for a start-up message, after power-up or INIT. Nothing else but INIT gets through to it.
+pub const AWAITS_STARTUP: u8 = 2;
+
 impl CpuState {
+    /// What INIT leaves (SDM vol. 3, table 10-1): as after a reset, but for the time-stamp counter, the cache-control bits
+    /// of CR0, extended state and those MSRs that concern the system as a whole. The vCPU then waits for a start-up message.
+    pub fn init(&mut self) {
+        let kept = cr0::CD | cr0::NW;
+        let fresh = Self::reset(self.id);
+        *self = Self {
+            cr0: fresh.cr0 & !kept | self.cr0 & kept,
+            halted: AWAITS_STARTUP,
+            xcr0: self.xcr0,
+            xsave: self.xsave.clone(),
+            kernel_gs_base: self.kernel_gs_base,
+            star: self.star,
+            lstar: self.lstar,
+            cstar: self.cstar,
+            sfmask: self.sfmask,
+            tsc_aux: self.tsc_aux,
+            tsc_offset: self.tsc_offset,
+            tsc_adjust: self.tsc_adjust,
+            sysenter_cs: self.sysenter_cs,
+            sysenter_esp: self.sysenter_esp,
+            sysenter_eip: self.sysenter_eip,
+            pat: self.pat,
+            misc_enable: self.misc_enable,
+            spec_ctrl: self.spec_ctrl,
+            mtrr_def_type: self.mtrr_def_type,
+            mtrr_fixed: self.mtrr_fixed,
+            mtrr_var: self.mtrr_var,
+            ..fresh
+        };
+    }
+
+    /// A start-up message reached a vCPU that waits for one: it goes on in real mode at `vector` * 4096 (SDM vol. 3, section 9.4.4).
+    pub fn start_up(&mut self, vector: u8) {
+        let cs = &mut self.seg[Seg::Cs as usize];
+        cs.selector = u16::from(vector) << 8;
+        cs.base = u64::from(vector) << 12;
+        self.rip = 0;
+        self.halted = 0;
+    }
+
     /// The state after power-up reset (SDM vol. 3, table 10-1), at the reset vector.
     pub fn reset(id: u32) -> Self {
         let mut xsave = XsaveArea([0; XSAVE_BYTES]);

@@ -256,7 +256,7 @@ impl Lapic {
                 if m.level { set(&mut self.tmr, m.vector) } else { clear(&mut self.tmr, m.vector) }
             }
             4 => self.nmi = true,
-            5 => self.init = true,
+            5 => (self.init, self.sipi) = (true, None),
             6 => self.sipi = Some(m.vector),
             _ => {}
         }
@@ -272,9 +272,15 @@ impl Lapic {
         self.nmi
     }
 
-    /// Takes a pending INIT.
+    /// Takes a pending INIT, which resets all registers but for the ID and IA32_APIC_BASE (SDM vol. 3, section 11.4.7.3). A start-up
+    /// message that came after the INIT stays pending.
     pub fn take_init(&mut self) -> bool {
-        std::mem::take(&mut self.init)
+        if !self.init {
+            return false;
+        }
+        let ldr = if self.x2() { self.ldr } else { 0 };
+        *self = Self { base: self.base, ldr, sipi: self.sipi, svr: 0xff, lvt: [LVT_MASKED; 7], ..Self::new(self.id) };
+        true
     }
 
     /// Takes a pending start-up message's vector.

@@ -205,6 +205,9 @@ impl Translator<'_> {
         a.pop(H::RCX);
         a.store(M::gs(off::TMP + 16), H::RCX);
         self.require_cache(to, slow);
+        // It serializes: what others changed and told of must be seen to (see `crate::dma`).
+        self.asm.cmp32_mem_imm_flags(M::gs(off::REQUEST), 0);
+        self.asm.jcc(cc::NE, slow);
         self.asm.mov(H::RCX, H::GUEST_RSP);
         self.emit_lookup(40, false, false, slow);
         let a = &mut self.asm;
