@@ -58,8 +58,7 @@ impl Engine {
         let size = u64::from(s.size);
         if s.masked && self.active_bytes(s) == Some(0) {
             // Nothing is touched, so nothing about the address matters.
-            self.bounce =
-                BounceTarget { active: Some(0), ..BounceTarget::default() };
+            self.bounce = BounceTarget { active: Some(0), ..BounceTarget::default() };
             return Ok(Resolved::Bounced(self.shared().bounce.0.as_ptr() as u64));
         }
         if s.align > 1 && la & u64::from(s.align - 1) != 0 {
