@@ -709,6 +709,16 @@ impl Bus for Chipset {
         self.pv.as_ref().is_some_and(|pv| pv.wakes(vcpu))
     }
 
+    fn asked_to_flush(&self, vcpu: u32) -> bool {
+        self.pv.as_ref().is_some_and(|pv| pv.asked_to_flush(vcpu))
+    }
+
+    fn flush_as_asked(&self, vcpu: u32, env: &mut dyn Env) {
+        if let Some(pv) = &self.pv {
+            pv.flush_as_asked(vcpu, env);
+        }
+    }
+
     fn tsc_moved(&self, vcpu: u32, offset: u64) {
         if let Some(pv) = &self.pv {
             pv.tsc_moved(vcpu, offset);

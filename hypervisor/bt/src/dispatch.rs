@@ -31,6 +31,10 @@ impl Engine {
                 self.memory.acknowledge();
             }
             self.see_to_mail();
+            if self.bus.asked_to_flush(self.id) {
+                let bus = self.bus.clone();
+                bus.flush_as_asked(self.id, self);
+            }
             if self.machine_stopping || self.bus.stopping() {
                 self.machine_stopping = false;
                 return Ok(VcpuExit::Stopped);

@@ -198,7 +198,7 @@ impl Engine {
     }
 
     /// Gives up the claims that others asked for. Between any two instructions, and within one that stores nothing directly.
-    fn give_pages_up(&mut self) {
+    pub(crate) fn give_pages_up(&mut self) {
         if !self.mailbox.pages.load(SeqCst) {
             return;
         }

@@ -99,6 +99,10 @@ impl Env for Engine {
         }
     }
 
+    fn attend(&mut self) {
+        self.give_pages_up();
+    }
+
     fn host_tsc(&self) -> u64 {
         // SAFETY: RDTSC is available in user mode on every supported host.
         unsafe { std::arch::x86_64::_rdtsc() }

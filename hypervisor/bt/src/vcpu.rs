@@ -249,6 +249,11 @@ impl BtKick {
     pub fn kick(&self) {
         self.0.kick();
     }
+
+    /// Whether the vCPU is in translated code or in what that called. If not, it looks at its events before it is again.
+    pub fn inside(&self) -> bool {
+        self.0.inside()
+    }
 }
 
 /// One vCPU run by binary translation.

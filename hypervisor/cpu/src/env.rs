@@ -85,6 +85,15 @@ pub trait Bus: Send + Sync {
     }
     /// Whether the machine is stopping or paused and vCPUs should leave their run loops.
     fn stopping(&self) -> bool;
+    /// Whether another vCPU has asked this one to drop cached translations: [`Bus::flush_as_asked`] is due before guest code runs.
+    fn asked_to_flush(&self, vcpu: u32) -> bool {
+        let _ = vcpu;
+        false
+    }
+    /// Drops what was asked for, through the vCPU's own environment.
+    fn flush_as_asked(&self, vcpu: u32, env: &mut dyn Env) {
+        let _ = (vcpu, env);
+    }
     /// Whether a halted vCPU is to go on although no interrupt is deliverable: somebody kicked it, or it masks an interrupt by means
     /// that HLT does not know.
     fn wakes(&self, vcpu: u32) -> bool {
@@ -152,6 +161,8 @@ pub trait Env {
     fn bus(&self) -> &dyn Bus;
     /// Drops cached translations.
     fn flush_tlb(&mut self, what: TlbFlush);
+    /// Does for other vCPUs what they wait for. Called again and again by who waits for them, so that nobody waits in a circle.
+    fn attend(&mut self) {}
     /// Host TSC.
     fn host_tsc(&self) -> u64;
     /// Told of what a bus write came to, so that the engine leaves its loop when the machine is stopping.

@@ -53,6 +53,16 @@ impl Chipset {
         self.irqs.control.raise(vcpu, event::WAKE);
     }
 
+    /// Makes a vCPU come out of guest code, if it is there.
+    pub(crate) fn kick(&self, vcpu: u32) {
+        self.irqs.control.kick(vcpu);
+    }
+
+    /// Whether a vCPU may be in guest code.
+    pub(crate) fn inside(&self, vcpu: u32) -> bool {
+        self.irqs.control.inside(vcpu)
+    }
+
     /// Writes to the console, which is what COM1 is connected to.
     pub(crate) fn console_write(&self, text: &[u8]) {
         lock(&self.serial).print(text);

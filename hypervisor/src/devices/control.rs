@@ -19,6 +19,11 @@ use super::lock;
 pub trait Kick: Send + Sync {
     /// Makes the vCPU leave guest code, or not enter it, until it has polled the bus once more.
     fn kick(&self);
+    /// Whether the vCPU may be in guest code without having polled the bus since the last kick. `false` may be said only of a vCPU
+    /// that will poll before it enters.
+    fn inside(&self) -> bool {
+        true
+    }
 }
 
 /// Why the machine stops.
@@ -138,6 +143,20 @@ impl Control {
         if let Some(kick) = &*v.kick.read().unwrap_or_else(PoisonError::into_inner) {
             kick.kick();
         }
+    }
+
+    /// Gets the vCPU out of guest code, but not out of its sleep.
+    pub(crate) fn kick(&self, vcpu: u32) {
+        let Some(v) = self.vcpus.get(vcpu as usize) else { return };
+        if let Some(kick) = &*v.kick.read().unwrap_or_else(PoisonError::into_inner) {
+            kick.kick();
+        }
+    }
+
+    /// Whether the vCPU may be in guest code; see [`Kick::inside`].
+    pub(crate) fn inside(&self, vcpu: u32) -> bool {
+        let Some(v) = self.vcpus.get(vcpu as usize) else { return false };
+        v.kick.read().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|k| k.inside())
     }
 
     /// Pending events of a vCPU, bits of [`event`].

@@ -19,6 +19,9 @@ impl Kick for Kicker {
     fn kick(&self) {
         self.0.kick();
     }
+    fn inside(&self) -> bool {
+        self.0.inside()
+    }
 }
 
 impl BtEngine {

@@ -95,7 +95,7 @@ fn carry_out(
         Call::Unmask => (0, HypercallOutcome::Resync),
         Call::SetTimer => set_timer(pv, vcpu, a, b)?,
         Call::SendIpi => send_ipi(pv, chipset, a, b, c)?,
-        Call::FlushTlb => flush_tlb(pv, vcpu, env, [a, b, c, d])?,
+        Call::FlushTlb => flush_tlb(pv, chipset, vcpu, env, [a, b, c, d])?,
         Call::Halt => {
             st.rflags |= rflags::IF;
             pv.enable_irqs(vcpu);
@@ -222,17 +222,24 @@ fn send_ipi(pv: &Pv, chipset: &Chipset, mask: u64, first: u64, v: u64) -> Answer
 }
 
 /// Pages that are invalidated one by one; above, all of the address space is.
-const FEW_PAGES: u64 = 64;
+pub(super) const FEW_PAGES: u64 = 64;
 
-fn flush_tlb(pv: &Pv, vcpu: u32, env: &mut dyn Env, [mask, first, address, count]: [u64; 4]) -> Answer {
+fn flush_tlb(
+    pv: &Pv,
+    chipset: &Chipset,
+    vcpu: u32,
+    env: &mut dyn Env,
+    [mask, first, address, count]: [u64; 4],
+) -> Answer {
     let whole = address == ALL_ONES;
     if (whole && count != 0) || (!whole && (count == 0 || !address.is_multiple_of(4096))) {
         return Err(Error::InvalidArgument);
     }
     let to = targets(pv, mask, first)?;
-    debug_assert!(to.iter().all(|&n| n == vcpu), "machines have one vCPU so far");
+    let what = if whole { None } else { Some((address, count)) };
+    pv.flush_others(chipset, vcpu, &to, what, env);
     if to.contains(&vcpu) {
-        pages::invalidate(env, if whole { None } else { Some((address, count)) }, FEW_PAGES);
+        pages::invalidate(env, what, FEW_PAGES);
     }
     Ok((to.len() as u64, HypercallOutcome::Resync))
 }

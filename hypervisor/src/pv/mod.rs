@@ -34,6 +34,7 @@ pub mod devices;
 pub mod kvm;
 pub mod page;
 pub mod pages;
+pub mod remote;
 pub mod stolen;
 
 /// How much of the paravirtual interfaces a guest is offered.
@@ -109,6 +110,7 @@ struct PvVcpu {
     timer_vector: AtomicU8,
     stolen: Mutex<stolen::StolenTime>,
     kvm: kvm::Msrs,
+    requests: remote::Requests,
 }
 
 /// The interfaces of one machine.

@@ -151,6 +151,7 @@ impl Guest {
                 kernel_state(self.vcpu.state_mut());
                 End::Broken
             }
+            Ok(VcpuExit::AwaitsStartup) => return Err(io::Error::other("the only vCPU waits for a start-up message")),
             Err(e) => return Err(io::Error::other(e)),
         };
         if out.end == End::Exception {
