@@ -175,6 +175,15 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
         Mnemonic::Out | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd => e.stats.pio_writes += 1,
         _ => {}
     }
+    if i.mnemonic() == Mnemonic::Pause {
+        e.spun();
+        st.rip = i.next_ip();
+        return if e.events_wait() && !stepping {
+            Back { value: EXIT_RESYNC, bits: Back::LEAVE }
+        } else {
+            Back::resume(0, simd)
+        };
+    }
     st.rip = i.ip();
     let outcome = {
         let _own = Emulating::new(e.state);

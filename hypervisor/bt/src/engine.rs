@@ -201,6 +201,8 @@ pub(crate) struct Engine {
     /// Set when the vCPU must leave its loop.
     pub(crate) stop: Option<StopReason>,
     pub(crate) machine_stopping: bool,
+    /// How many PAUSE instructions there are between two that count.
+    pause_limit: u32,
     /// The cache must be emptied before the next translation; nobody may be inside a block then.
     pub(crate) cache_full: bool,
 }
@@ -241,6 +243,14 @@ impl Engine {
         set(st, Thunk::LookupSuper, thunks::lookup_second::<2>);
         set(st, Thunk::Chain, thunks::chain);
         set(st, Thunk::LoadFpu, thunks::load_fpu);
+        // A spinning vCPU yields after some microseconds, sooner if there are more vCPUs than host CPUs. One alone waits for nobody.
+        let host_cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let pause_limit = match cfg.cpus as usize {
+            0 | 1 => u32::MAX,
+            n if n > host_cpus => 64,
+            _ => 512,
+        };
+        st.pauses = pause_limit;
         let (mailbox, slots) = dma::Mailbox::new(memory.clone(), &mem)?;
         let ram = Ram::new(mem, &slots);
         let window = Window::new(&memory, &ram, cfg.windows);
@@ -284,6 +294,7 @@ impl Engine {
             injection: None,
             stop: None,
             machine_stopping: false,
+            pause_limit,
             cache_full: false,
         };
         e.forget_calls();
@@ -352,6 +363,13 @@ impl Engine {
         let faults = &self.tables.faults[b.faults.start as usize..b.faults.end as usize];
         let f = faults.iter().find(|f| f.at == inside)?;
         Some((f.kind(b.key.rip), b.key.rip))
+    }
+
+    /// The vCPU has executed many PAUSE instructions: it waits for another, which may need the host CPU.
+    pub(crate) fn spun(&mut self) {
+        self.shared().pauses = self.pause_limit;
+        self.stats.yields += 1;
+        std::thread::yield_now();
     }
 
     /// Runs the vCPU; see [`crate::BtVcpu::run`].

@@ -114,9 +114,10 @@ pub(crate) struct BtState {
     pub(crate) irq_window: u32,
     /// Non-zero while the guest's x87/SIMD state is in the host's registers and not in `cpu.xsave`.
     pub(crate) fpu_live: u32,
-    /// Exception that a signal handler found: vector, error code.
+    /// Exception that a signal handler found.
     pub(crate) fault_vector: u32,
-    pub(crate) fault_code: u32,
+    /// PAUSE instructions until the next one that Rust hears of.
+    pub(crate) pauses: u32,
     /// Someone wants this vCPU's attention.
     pub(crate) request: AtomicU32,
     /// The vCPU is in translated code or about to be.
@@ -261,6 +262,7 @@ pub(crate) mod off {
     pub(crate) const NEG_LAST_FRAME: i32 = offset_of!(BtState, neg_last_frame) as i32;
     pub(crate) const MODE: i32 = offset_of!(BtState, mode) as i32;
     pub(crate) const IRQ_WINDOW: i32 = offset_of!(BtState, irq_window) as i32;
+    pub(crate) const PAUSES: i32 = offset_of!(BtState, pauses) as i32;
     pub(crate) const REQUEST: i32 = offset_of!(BtState, request) as i32;
     pub(crate) const FPU_LIVE: i32 = offset_of!(BtState, fpu_live) as i32;
     pub(crate) const POLL: i32 = offset_of!(BtState, poll_page) as i32;

@@ -52,6 +52,7 @@ counters! {
     smc_invalidations = "blocks invalidated by writes to code",
     exits = "dispatcher entries",
     halts = "halts",
+    yields = "yields of a spinning vCPU",
 }
 
 /// Durations by powers of two of nanoseconds.

@@ -310,6 +310,6 @@ fn code_written_by_a_device_is_new_when_the_guest_can_know() {
     });
     assert_eq!(v.run().unwrap(), VcpuExit::Halt);
     device.join().unwrap();
-    let writes = v.stats().into_iter().find(|(n, _)| n == "device writes to pages with code").unwrap().1;
+    let writes = v.stats().into_iter().find(|(n, _)| n == "writes by others to pages with code").unwrap().1;
     assert!(writes >= u64::from(ROUNDS), "{writes} writes were noticed");
 }

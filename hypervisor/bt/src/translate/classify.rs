@@ -45,6 +45,8 @@ pub(crate) enum Class {
     Stac,
     Clac,
     Rdtsc,
+    /// PAUSE: now and then a hint that the vCPU spins.
+    Pause,
     Rdtscp,
     Swapgs,
     ReadCr,
@@ -200,6 +202,7 @@ fn compute(code: Code) -> Class {
         M::Sti => return Class::Sti,
         M::Stac => return Class::Stac,
         M::Clac => return Class::Clac,
+        M::Pause => return Class::Pause,
         M::Rdtsc => return Class::Rdtsc,
         M::Rdtscp => return Class::Rdtscp,
         M::Swapgs => return Class::Swapgs,

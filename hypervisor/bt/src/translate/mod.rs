@@ -361,6 +361,7 @@ impl<'a> Translator<'a> {
             Class::Sti => self.sti(i),
             Class::Stac | Class::Clac => return self.stac_clac(i),
             Class::Rdtsc => self.rdtsc(i),
+            Class::Pause => self.pause(i),
             Class::Rdtscp => self.rdtscp(i),
             Class::Swapgs => self.swapgs(i),
             Class::ReadCr => self.read_cr(i),

@@ -62,6 +62,24 @@ impl Translator<'_> {
         }
     }
 
+    /// Every so often Rust hears of it, and may give the host CPU to whom the vCPU waits for.
+    pub(crate) fn pause(&mut self, i: &Instruction) {
+        let at = M::gs(off::PAUSES);
+        let a = &mut self.asm;
+        let (often, done) = (a.label(), a.label());
+        a.load32(H::RCX, at);
+        a.lea32(H::RCX, M::base(H::RCX, -1));
+        a.store32(at, H::RCX);
+        a.jrcxz(often);
+        if let Err(e) = a.guest(i) {
+            self.encode_failed(i, &e);
+        }
+        self.asm.jmp8(done);
+        self.asm.bind(often);
+        self.callout(i, Action::Emulate);
+        self.asm.bind(done);
+    }
+
     pub(crate) fn rdtscp(&mut self, i: &Instruction) {
         if self.mode.native_tsc() {
             if let Err(e) = self.asm.guest(i) {
