@@ -9,10 +9,12 @@ use common::{Scratch, finish, out, pvh, run};
 use machine::Machine;
 use paravane::devices::control::StopCause;
 use paravane::engine::kvm::{self, Cause, KvmError};
-use paravane::engine::{EngineError, EngineKind};
+use paravane::engine::{EngineError, EngineKind, Place};
 use paravane::pv::{HYPERCALL_PORT, Offer};
 use paravane::running::{Driven, RunningVcpu, drive};
 use pv_abi::call::{Call, Error};
+use std::io::Read;
+use std::os::fd::{AsFd, FromRawFd};
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
@@ -232,6 +234,49 @@ fn hypercalls_by_way_of_their_port() {
     assert_eq!(m.answer(5), 0x1122_3344_5566_7788);
     assert_eq!(m.console.text(), "hello");
     assert_eq!(m.counter("hypercalls"), 3);
+}
+
+guest!(
+    bells,
+    "mov edx, 0x700",
+    "mov ebx, 0xd0001000",
+    "mov ecx, 100",
+    "2: mov eax, 5",
+    "out dx, ax",
+    "mov [rbx], ecx",
+    "dec ecx",
+    "jnz 2b",
+    "mov eax, 6",
+    "out dx, ax",
+    "mov eax, 4",
+    "out 0xf4, al",
+    "hlt",
+);
+
+/// Writes to a doorbell signal its eventfd and make no exit; another value at the same place goes to the bus.
+#[test]
+fn doorbells_ring_without_an_exit() {
+    let Some(mut m) = on_kvm(bells(), &[]) else { return };
+    let eventfd = || {
+        // SAFETY: makes a new descriptor, which is ours alone.
+        unsafe { std::fs::File::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)) }
+    };
+    let (mut port, mut memory) = (eventfd(), eventfd());
+    let doorbells = m.vcpu.doorbells().unwrap();
+    let at_port = Place { address: 0x700, port: true, bytes: 2, value: Some(5) };
+    let in_memory = Place { address: 0xd000_1000, port: false, bytes: 4, value: None };
+    doorbells.attach(at_port, port.as_fd()).unwrap();
+    doorbells.attach(in_memory, memory.as_fd()).unwrap();
+    assert!(doorbells.attach(at_port, memory.as_fd()).is_err(), "the place is taken");
+    end(&mut m, 4);
+    for bell in [&mut port, &mut memory] {
+        let mut count = [0; 8];
+        bell.read_exact(&mut count).unwrap();
+        assert_eq!(u64::from_le_bytes(count), 100);
+    }
+    assert_eq!((m.counter("port writes"), m.counter("MMIO writes")), (2, 0));
+    doorbells.detach(at_port, port.as_fd()).unwrap();
+    assert!(doorbells.detach(at_port, port.as_fd()).is_err(), "it is gone");
 }
 
 guest!(crash, "lidt [rip + 2f]", "ud2", "2: .quad 0, 0");

@@ -16,6 +16,8 @@ use crate::pv::{Entry, Offer, PvConfig};
 use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use pv_abi::feature::{Feature, Features};
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use paravane_bt::{Profile, Windows};
@@ -66,6 +68,37 @@ pub trait Vcpu: Send {
     fn start_profile(&mut self) -> Result<(), EngineError>;
     /// What was sampled, if anything was to be.
     fn take_profile(&mut self) -> Option<Profile>;
+    /// Doorbells of the vCPU's machine that need no exit. `None`: this engine has none, and every write comes to the bus.
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        None
+    }
+}
+
+/// A place whose writes ring a bell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Port number or guest-physical address.
+    pub address: u64,
+    /// Whether it is a port.
+    pub port: bool,
+    /// Size of the writes that count, in bytes: 1, 2, 4 or 8.
+    pub bytes: u8,
+    /// The only value that counts, or `None` for any value and any size.
+    pub value: Option<u64>,
+}
+
+/// Doorbells that the engine's kernel side rings by itself: a write there signals an eventfd and the vCPU goes on, without an exit to the bus.
+pub trait Doorbells: Send + Sync {
+    /// Has writes to a place signal `bell`, an eventfd. The engine keeps what it needs of it.
+    ///
+    /// # Errors
+    /// When the host refuses; the writes go to the bus then, as before.
+    fn attach(&self, place: Place, bell: BorrowedFd<'_>) -> io::Result<()>;
+    /// Takes that back; all that was given must be the same.
+    ///
+    /// # Errors
+    /// When there is no such doorbell.
+    fn detach(&self, place: Place, bell: BorrowedFd<'_>) -> io::Result<()>;
 }
 
 /// A host problem of an engine.

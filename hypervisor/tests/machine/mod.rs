@@ -99,7 +99,7 @@ impl Machine {
         mem.write_slice(code, GuestAddress(CODE)).unwrap();
         mem.write_slice(handler, GuestAddress(HANDLER)).unwrap();
         let console = Console::default();
-        let pv = engine::paravirt(kind, offer, &mem);
+        let pv = engine::paravirt(kind, offer, &mem, 0);
         let chipset =
             Chipset::new(ChipsetConfig { cpus: 1, debug_exit: true, serial: Box::new(console.clone()), pv }).unwrap();
         let tsc_khz = tsc::tsc_khz();
@@ -127,6 +127,7 @@ impl Machine {
         st.gpr[Reg::Rsp as usize] = 0x20_0000;
         st.gpr[Reg::Rsi as usize] = ANSWER;
         st.gpr[Reg::R14 as usize] = lapic::BASE;
+        chipset.set_kick(0, vcpu.kick());
         Ok(Self { mem, chipset, console, vcpu })
     }
 

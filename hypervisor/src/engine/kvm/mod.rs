@@ -30,17 +30,21 @@ mod vcpu;
 
 use std::fmt::Display;
 use std::io;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings as kvm;
-use kvm_ioctls::{Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use kvm_ioctls::{
+    Cap, IoEventAddress, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, NoDatamatch, VmFd,
+};
 use paravane_cpu::Bus;
 use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
 use paravane_cpu::host_fpu::host_cpuid;
 use paravane_cpu::msr::nr;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{MachineInfo, Vcpu};
+use super::{Doorbells, MachineInfo, Place, Vcpu};
 use crate::memory::GuestRam;
 
 pub use report::{Cause, Report};
@@ -105,6 +109,8 @@ pub(super) struct KvmVm {
     ram: GuestRam,
     /// KVM_CAP_XCRS.
     xcrs: bool,
+    /// KVM_CAP_SYNC_REGS with general and system registers.
+    sync_regs: bool,
     cpuid: CpuidPolicy,
 }
 
@@ -136,7 +142,9 @@ impl KvmVm {
                 .with_hypervisor_leaves(&info.hypervisor_leaves);
         cpuid::restrict(&kvm, &mut cpuid)?;
         let xcrs = kvm.check_extension(Cap::Xcrs);
-        let vm = Self { kvm, fd, ram, xcrs, cpuid };
+        let wanted = (kvm::KVM_SYNC_X86_REGS | kvm::KVM_SYNC_X86_SREGS) as i32;
+        let sync_regs = kvm.check_extension_int(Cap::SyncRegs) & wanted == wanted;
+        let vm = Self { kvm, fd, ram, xcrs, sync_regs, cpuid };
         vm.add_ram()?;
         vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(|e| KvmError::refused("an identity map", e))?;
         vm.fd.set_tss_address(TSS_ADDRESS).map_err(|e| KvmError::refused("a TSS address", e))?;
@@ -218,6 +226,43 @@ impl KvmVm {
         c.args[0] = arg;
         self.fd.enable_cap(&c)
     }
+}
+
+impl Doorbells for KvmVm {
+    fn attach(&self, place: Place, bell: BorrowedFd<'_>) -> io::Result<()> {
+        let (fd, at) = (event(bell)?, address(place));
+        let done = match (place.value, place.bytes) {
+            (None, _) => self.fd.register_ioevent(&fd, &at, NoDatamatch),
+            (Some(v), 1) => self.fd.register_ioevent(&fd, &at, v as u8),
+            (Some(v), 2) => self.fd.register_ioevent(&fd, &at, v as u16),
+            (Some(v), 4) => self.fd.register_ioevent(&fd, &at, v as u32),
+            (Some(v), _) => self.fd.register_ioevent(&fd, &at, v),
+        };
+        done.map_err(io::Error::from)
+    }
+
+    fn detach(&self, place: Place, bell: BorrowedFd<'_>) -> io::Result<()> {
+        let (fd, at) = (event(bell)?, address(place));
+        let done = match (place.value, place.bytes) {
+            (None, _) => self.fd.unregister_ioevent(&fd, &at, NoDatamatch),
+            (Some(v), 1) => self.fd.unregister_ioevent(&fd, &at, v as u8),
+            (Some(v), 2) => self.fd.unregister_ioevent(&fd, &at, v as u16),
+            (Some(v), 4) => self.fd.unregister_ioevent(&fd, &at, v as u32),
+            (Some(v), _) => self.fd.unregister_ioevent(&fd, &at, v),
+        };
+        done.map_err(io::Error::from)
+    }
+}
+
+fn address(place: Place) -> IoEventAddress {
+    if place.port { IoEventAddress::Pio(place.address) } else { IoEventAddress::Mmio(place.address) }
+}
+
+/// The eventfd in the form that kvm-ioctls takes. KVM keeps the event itself, so the duplicate may go afterwards.
+fn event(bell: BorrowedFd<'_>) -> io::Result<EventFd> {
+    let own = bell.try_clone_to_owned()?;
+    // SAFETY: the descriptor is ours, and owned by nobody else from here on.
+    Ok(unsafe { EventFd::from_raw_fd(own.into_raw_fd()) })
 }
 
 /// Why `/dev/kvm` could not be opened, for the user.

@@ -260,6 +260,32 @@ impl RunPage {
         unsafe { addr_of_mut!((*self.ptr.as_ptr()).request_interrupt_window).write_volatile(on.into()) }
     }
 
+    /// Has every exit leave general and system registers in the page (KVM_CAP_SYNC_REGS).
+    pub(super) fn sync_registers(&self) {
+        let what = kvm::KVM_SYNC_X86_REGS | kvm::KVM_SYNC_X86_SREGS;
+        // SAFETY: writes a word of the mapped page that the kernel only reads, inside KVM_RUN.
+        unsafe { addr_of_mut!((*self.ptr.as_ptr()).kvm_valid_regs).write_volatile(what.into()) }
+    }
+
+    /// Registers as of the last exit, once [`Self::sync_registers`] was in force for it.
+    pub(super) fn registers(&self) -> (kvm::kvm_regs, kvm::kvm_sregs) {
+        // SAFETY: reads integers of the mapped page; the vCPU is not inside KVM_RUN.
+        unsafe {
+            let s = addr_of!((*self.ptr.as_ptr()).s.regs);
+            ((*s).regs, (*s).sregs)
+        }
+    }
+
+    /// Has the next KVM_RUN begin with taking these general registers.
+    pub(super) fn set_registers(&self, regs: &kvm::kvm_regs) {
+        // SAFETY: writes integers of the mapped page; the vCPU is not inside KVM_RUN.
+        unsafe {
+            let run = self.ptr.as_ptr();
+            (*addr_of_mut!((*run).s.regs)).regs = *regs;
+            (*run).kvm_dirty_regs |= u64::from(kvm::KVM_SYNC_X86_REGS);
+        }
+    }
+
     /// CR8 as of the last exit (local APIC in user space).
     pub(super) fn cr8(&self) -> u8 {
         // SAFETY: reads a word of the mapped page.

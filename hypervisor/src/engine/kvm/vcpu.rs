@@ -25,7 +25,7 @@ use super::state::{self, MsrMap, Shape};
 use super::stats::Stats;
 use super::{KvmError, KvmVm, cpuid};
 use crate::devices::control::Kick;
-use crate::engine::{EngineError, Profile, Vcpu};
+use crate::engine::{Doorbells, EngineError, Profile, Vcpu};
 use crate::pv::HYPERCALL_PORT;
 use crate::tsc;
 
@@ -55,6 +55,8 @@ pub(super) struct KvmVcpu {
     newest: Newest,
     /// The guest has not been entered since the state was put into the kernel, so what the last exit said no longer holds.
     replaced: bool,
+    /// Exits leave the registers in the shared page.
+    synced: bool,
     /// The last exit's instruction must be completed before the state is whole.
     unfinished: bool,
     /// The guest executed HLT and has not been woken.
@@ -89,6 +91,7 @@ impl KvmVcpu {
             events: kvm::kvm_vcpu_events::default(),
             newest: Newest::Here,
             replaced: true,
+            synced: false,
             unfinished: false,
             halted: false,
             emulating: super::emulates_ring0(),
@@ -289,15 +292,27 @@ impl KvmVcpu {
         self.unfinished = true;
         self.stats.hypercalls += 1;
         let failed = |_| KvmError::Transfer("general registers");
-        let mut regs = self.fd.get_regs().map_err(failed)?;
-        let sregs = self.fd.get_sregs().map_err(failed)?;
+        let synced = self.synced;
+        let (regs, sregs) = if synced {
+            self.run.registers()
+        } else {
+            (self.fd.get_regs().map_err(failed)?, self.fd.get_sregs().map_err(failed)?)
+        };
+        if self.vm.sync_regs && !synced {
+            // A guest that calls once calls often: from now on the registers come with the exit.
+            self.run.sync_registers();
+            self.synced = true;
+        }
         state::take_regs(&mut self.st, regs);
         state::take_sregs(&mut self.st, &sregs);
         let Some(outcome) = self.env.hypercall(&mut self.st) else { return Ok(Next::Again) };
-        let rip = regs.rip;
-        regs = state::regs_of(&self.st);
-        regs.rip = rip; // KVM advances it itself when it completes the OUT, or has done so
-        self.fd.set_regs(&regs).map_err(failed)?;
+        // RIP stays: KVM advances it itself when it completes the OUT, or has done so.
+        let back = kvm::kvm_regs { rip: regs.rip, ..state::regs_of(&self.st) };
+        if synced {
+            self.run.set_registers(&back);
+        } else {
+            self.fd.set_regs(&back).map_err(failed)?;
+        }
         match outcome {
             HypercallOutcome::Done | HypercallOutcome::Resync => {}
             HypercallOutcome::Halt => {
@@ -402,6 +417,10 @@ impl Vcpu for KvmVcpu {
 
     fn start_profile(&mut self) -> Result<(), EngineError> {
         Err(EngineError::OnlyBt("--profile"))
+    }
+
+    fn doorbells(&self) -> Option<Arc<dyn Doorbells>> {
+        Some(self.vm.clone())
     }
 
     fn take_profile(&mut self) -> Option<Profile> {
