@@ -67,6 +67,9 @@ fn run(kind: EngineKind, code: &[u8], rounds: u64, counter: &str) -> Result<(f64
     Ok(best)
 }
 
+/// Name, code for KVM and BT, rounds, the counter to show, nanoseconds to take off.
+type Kind = (&'static str, [&'static [u8]; 2], u64, &'static str, f64);
+
 fn main() {
     let engines = [EngineKind::Kvm, EngineKind::Bt];
     let empty = engines.map(|k| run(k, nothing(), 2000, "").map(|r| r.0));
@@ -76,7 +79,7 @@ fn main() {
     println!("{:<22}{:>14}{:>10}{:>14}{:>10}", "kind", "KVM ns", "exits", "BT ns", "count");
     let cell = |r: Result<f64, String>| r.map_or("-".into(), |ns| format!("{ns:.0}"));
     println!("{:<22}{:>14}{:>10}{:>14}", "nop, dec, jnz", cell(empty[0].clone()), "", cell(empty[1].clone()));
-    let kinds: [(&str, [&[u8]; 2], u64, &str, f64); 9] = [
+    let kinds: [Kind; 9] = [
         ("port write", [pio_write(); 2], 2000, "port writes", 0.0),
         ("port read", [pio_read(); 2], 2000, "port reads", 0.0),
         ("MMIO write", [mmio_write(); 2], 2000, "MMIO writes", 0.0),

@@ -11,8 +11,8 @@ static mut DATA: Page = Page::ZERO;
 static mut USER_STACK: Page = Page::ZERO;
 static ARRIVED: AtomicU32 = AtomicU32::new(0);
 
-/// User code: adds 1 to what RDI points to, then traps with INT 0x80.
-const USER_CODE: [u8; 5] = [0x48, 0xff, 0x07, 0xcd, 0x80];
+/// User code: adds 1 to what RDI points to, then traps with UD2, for INT n in user mode is beyond some KVMs.
+const USER_CODE: [u8; 5] = [0x48, 0xff, 0x07, 0x0f, 0x0b];
 
 /// Vector of the first interrupt.
 const VECTOR: u8 = 0x40;
@@ -52,13 +52,13 @@ fn user_mode(window: &Window) {
     let stack = &raw mut USER_STACK as u64;
     window.map(0, code | PRESENT_WRITABLE | USER);
     window.map(1, stack | PRESENT_WRITABLE | USER);
-    // SAFETY: the pages are the user program's; it writes to its stack page only and ends with INT 0x80.
+    // SAFETY: the pages are the user program's; it writes to its stack page only and ends with UD2.
     unsafe {
         core::ptr::copy_nonoverlapping(USER_CODE.as_ptr(), code as *mut u8, USER_CODE.len());
         write_volatile(stack as *mut u64, 41);
         trap::enter_user(window.address(0), window.address(2), 2, trap::USER_CODE, window.address(1));
         let end = trap::last().frame;
-        assert_eq!((end.vector, end.cs), (0x80, trap::USER_CODE), "user mode ended with INT 0x80");
+        assert_eq!((end.vector, end.cs), (6, trap::USER_CODE), "user mode ended with UD2");
         assert_eq!(read_volatile(stack as *const u64), 42, "user code ran");
     }
 }
