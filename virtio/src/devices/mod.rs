@@ -1,8 +1,11 @@
 //! The devices.
 
+pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod entropy;
 pub mod net;
+pub mod vsock;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
