@@ -79,7 +79,7 @@ fn high_window(mem: &GuestRam) -> (u64, u64) {
 
 /// The interrupts of all PCI slots: INTA# of each on its I/O APIC pin (ACPI 6.4, section 6.2.13).
 fn interrupt_routes(out: &mut dyn AmlSink) {
-    let rows: Vec<_> = (1..32u32).map(|slot| (slot << 16 | 0xffff, chipset::pin(slot as usize) as u32)).collect();
+    let rows: Vec<_> = (1..32u32).map(|slot| (slot << 16 | 0xffff, chipset::pci_pin(slot as usize) as u32)).collect();
     let zero = 0u8;
     let packages: Vec<_> = rows.iter().map(|(slot, pin)| Package::new(vec![slot, &zero, &zero, pin])).collect();
     let all = Package::new(packages.iter().map(|p| p as &dyn Aml).collect());

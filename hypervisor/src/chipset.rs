@@ -30,7 +30,7 @@ use crate::timer::{Clock, Timer, Timers};
 mod paravirt;
 mod peripherals;
 
-pub use peripherals::{MmioSlot, pin};
+pub use peripherals::{MmioSlot, pci_pin};
 
 /// I/O port of the pvpanic device (QEMU's pvpanic specification).
 pub const PVPANIC: u16 = 0x505;

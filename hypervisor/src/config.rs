@@ -99,6 +99,11 @@ pub enum ConfigError {
     /// Names for perf are of one vCPU.
     #[error("names for perf are written for one vCPU only; leave --cpus at 1 with --perf-map")]
     PerfMapCpus,
+    /// Two consoles on one terminal.
+    #[error(
+        "the serial port and the virtio console cannot both be on this terminal; send one elsewhere, such as --serial null"
+    )]
+    TwoConsoles,
     /// An engine that does not exist.
     #[error("\"{0}\" is no engine; use auto, bt or kvm")]
     Engine(String),
@@ -126,6 +131,11 @@ pub enum ConfigError {
 }
 
 impl VmConfig {
+    /// Whether the virtio console is what this terminal talks to.
+    pub fn console_on_stdio(&self) -> bool {
+        self.devices.console.as_ref().is_some_and(|c| c.to() == SerialConfig::Stdio)
+    }
+
     /// An option that only binary translation has, if one was given.
     pub fn only_bt(&self) -> Option<&'static str> {
         if self.profile.is_some() {
@@ -144,6 +154,9 @@ impl VmConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) {
             return Err(ConfigError::Memory(self.memory));
+        }
+        if self.console_on_stdio() && self.serial == SerialConfig::Stdio {
+            return Err(ConfigError::TwoConsoles);
         }
         if !(1..=MAX_CPUS).contains(&self.cpus) {
             return Err(ConfigError::Cpus(self.cpus));

@@ -108,7 +108,7 @@ struct Run {
     /// A shared folder: tag=NAME,path=FOLDER[,readonly=on]; repeatable
     #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<FsConfig>("--fs", None, s))]
     fs: Vec<FsConfig>,
-    /// A virtio console (hvc0): stdio, null or file=PATH
+    /// A virtio console (hvc0): stdio (the serial port then goes nowhere unless told otherwise), null or file=PATH
     #[arg(
         long,
         value_name = "OPTIONS",
@@ -178,6 +178,7 @@ fn config(r: Run) -> Result<VmConfig, ConfigError> {
         console: r.console,
     };
     let devices = file.devices().merge(over);
+    let on_terminal = devices.console.as_ref().is_some_and(|c| c.to() == SerialConfig::Stdio);
     let engine = file.engine.as_deref().map(config::parse_engine).transpose()?;
     let serial = file.serial.as_deref().map(config::parse_serial).transpose()?;
     Ok(VmConfig {
@@ -189,7 +190,7 @@ fn config(r: Run) -> Result<VmConfig, ConfigError> {
         engine: r.engine.or(engine).unwrap_or(EngineKind::Auto),
         windows: r.windows,
         pv: r.pv,
-        serial: r.serial.or(serial).unwrap_or(SerialConfig::Stdio),
+        serial: r.serial.or(serial).unwrap_or(if on_terminal { SerialConfig::Null } else { SerialConfig::Stdio }),
         devices,
         debug_exit: r.debug_exit,
         stats: r.stats,

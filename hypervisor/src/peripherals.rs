@@ -7,14 +7,21 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use std::io::Write;
 use virtio::Device;
+use virtio::devices::balloon::Balloon;
 use virtio::devices::block::image::{Image, OpenImage, Qcow2Image, Raw};
 use virtio::devices::block::{Block, BlockOptions, MAX_QUEUES, SERIAL_LEN};
+use virtio::devices::console::{Console, Port, PortInput};
 use virtio::devices::entropy::Entropy;
+use virtio::devices::vsock::Vsock;
 
 use crate::chipset::{Chipset, MmioSlot};
 use crate::config::devices::{DevicesConfig, DiskConfig, DiskFormat, TransportKind};
 use crate::memory::GuestRam;
+
+/// Columns and rows of a console about which nothing is known.
+const SCREEN: (u16, u16) = (80, 25);
 
 /// Why a device cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -38,23 +45,33 @@ pub enum PeripheralError {
     /// A network card's options or its other end.
     #[error("a network card cannot be made: {0}")]
     Net(String),
+    /// A context ID that is not a guest's.
+    #[error("a guest cannot have the context ID {0}; give it 3 or more")]
+    Cid(u32),
     /// No room, thread or descriptor.
     #[error("a device cannot be added ({0}); leave some devices out or raise the host's limits")]
     Host(io::Error),
 }
 
-/// Where the devices came to be, for the DSDT.
-#[derive(Clone, Debug, Default)]
+/// What became of the devices.
+#[derive(Default)]
 pub struct Placed {
-    /// Memory-mapped ones.
+    /// Where the console's input is to go, if there is one.
+    pub console: Option<PortInput>,
+    /// Where the memory-mapped ones are, for the DSDT.
     pub mmio: Vec<MmioSlot>,
 }
 
-/// Makes all devices and adds them to the machine, which has not started yet.
+/// Makes all devices and adds them to the machine, which has not started yet. A virtio console writes to `console`.
 ///
 /// # Errors
 /// See [`PeripheralError`].
-pub fn add(cfg: &DevicesConfig, mem: &GuestRam, chipset: &Arc<Chipset>) -> Result<Placed, PeripheralError> {
+pub fn add(
+    cfg: &DevicesConfig,
+    mem: &GuestRam,
+    chipset: &Arc<Chipset>,
+    console: Box<dyn Write + Send>,
+) -> Result<Placed, PeripheralError> {
     let mut machine = Machine { mem, chipset, placed: Placed::default() };
     for disk in &cfg.disk {
         machine.add(Box::new(block(disk)?), disk.transport)?;
@@ -65,6 +82,21 @@ pub fn add(cfg: &DevicesConfig, mem: &GuestRam, chipset: &Arc<Chipset>) -> Resul
     if let Some(rng) = &cfg.rng {
         let source = File::open(&rng.src).map_err(|e| file_error("source of entropy", &rng.src, e))?;
         machine.add(Box::new(Entropy::new(source)), rng.transport)?;
+    }
+    if let Some(c) = &cfg.console {
+        let port = Port::new("org.paravane.console", console).map_err(PeripheralError::Host)?;
+        machine.placed.console = Some(port.input());
+        machine.add(Box::new(Console::new(vec![port], SCREEN)), c.transport)?;
+    }
+    if let Some(b) = &cfg.balloon {
+        machine.add(Box::new(Balloon::new(b.size, b.deflate_on_oom, b.free_page_reporting)), b.transport)?;
+    }
+    if let Some(v) = &cfg.vsock {
+        if v.cid < 3 || v.cid == u32::MAX {
+            return Err(PeripheralError::Cid(v.cid));
+        }
+        let device = Vsock::new(v.cid, &v.socket).map_err(|e| file_error("vsock socket", &v.socket, e))?;
+        machine.add(Box::new(device), v.transport)?;
     }
     Ok(machine.placed)
 }

@@ -7,8 +7,10 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
+use virtio::devices::console::PortInput;
 
 use crate::chipset::{Chipset, ChipsetConfig};
+use crate::config::devices::ConsoleConfig;
 use crate::config::{ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig};
 use crate::devices::control::StopCause;
 use crate::devices::lapic;
@@ -202,7 +204,9 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         info.hypervisor_leaves = chipset.hypervisor_leaves(n, tsc_khz, lapic::BUS_HZ);
         vcpus.push(engine::make(kind, n, mem.clone(), chipset.clone(), &info)?);
     }
-    let placed = peripherals::add(&cfg.devices, &mem, &chipset)?;
+    let console = Serial::open(&cfg.devices.console.as_ref().map_or(SerialConfig::Null, ConsoleConfig::to), &ending)?;
+    let outputs: Vec<Output> = [output, console.output].into_iter().flatten().collect();
+    let placed = peripherals::add(&cfg.devices, &mem, &chipset, console.port)?;
     let rsdp = acpi::write(&mem, cfg.cpus, &placed.mmio)?;
     smbios::write(&mem)?;
     let boot = Boot { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cfg.cmdline, rsdp };
@@ -222,7 +226,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     }
 
     let terminal = {
-        let (feed, ending, output) = (chipset.clone(), ending.clone(), output.clone());
+        let (feed, ending, outputs) = (chipset.clone(), ending.clone(), outputs.clone());
         let handle = move |event| {
             match event {
                 Event::Quit => ending.stop(Early::Quit),
@@ -230,11 +234,17 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
                 Event::Hangup => ending.stop(Early::Signal(libc::SIGHUP)),
             }
             // Who stops the guest from outside does not wait for its last words to be read.
-            if let Some(output) = &output {
+            for output in &outputs {
                 output.abandon();
             }
         };
-        Terminal::start(cfg.serial == SerialConfig::Stdio, move |bytes| feed.serial_input(bytes), handle)?
+        let to_console = placed.console.filter(|_| cfg.console_on_stdio());
+        let interactive = cfg.serial == SerialConfig::Stdio || to_console.is_some();
+        let input = move |bytes: &[u8]| match &to_console {
+            Some(console) => feed_console(console, bytes, &feed),
+            None => feed.serial_input(bytes),
+        };
+        Terminal::start(interactive, input, handle)?
     };
     let began = Instant::now();
     let ran = run_vcpus(vcpus, &chipset);
@@ -243,7 +253,7 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     chipset.stop(StopCause::Host);
     chipset.shut_down_devices();
     // Signals are still seen while the last output is on its way.
-    if let Some(output) = output {
+    for output in outputs {
         output.finish();
     }
     drop(terminal);
@@ -298,7 +308,18 @@ impl Ending {
     }
 }
 
-/// Both ends of COM1's output.
+/// Feeds the virtio console. Waits while the guest does not read; gives up when the machine stops.
+fn feed_console(console: &PortInput, mut bytes: &[u8], chipset: &Chipset) {
+    while !bytes.is_empty() && chipset.stop_cause().is_none() {
+        let taken = console.offer(bytes);
+        bytes = &bytes[taken..];
+        if taken == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Both ends of COM1's output, or of a virtio console's.
 struct Serial {
     port: Box<dyn Write + Send>,
     output: Option<Output>,

@@ -66,6 +66,14 @@ pub fn pv_elf(binary: &str) -> PathBuf {
     build("pv-guests", binary)
 }
 
+/// The ELF file of the guest that drives virtio devices, from `device-guests/`.
+///
+/// # Panics
+/// It cannot be built.
+pub fn devices_elf() -> PathBuf {
+    build("device-guests", "devices-guest")
+}
+
 /// Builds the guests of one folder and gives the path of a binary. Cargo itself sees to it that this happens once at a time.
 fn build(folder: &str, binary: &str) -> PathBuf {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,7 +1,7 @@
 //! Virtio devices at their places: PCI slots and memory windows, their interrupts, and what happens when a guest moves a BAR.
 //!
-//! PCI function *n* has INTA# on I/O APIC pin 16 + n % 8, as the DSDT's _PRT says; memory-mapped device *n* the same. Several
-//! devices may share a pin: it is up while any of them asks.
+//! PCI function *n* has INTA# on I/O APIC pin 16 + n % 4, as the DSDT's _PRT says, and memory-mapped device *n* has pin 20 + n % 4: guests
+//! take the two kinds for of different polarity and do not let them share. Devices of a kind do: a pin is up while any of them asks.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -24,9 +24,17 @@ const MAX_PCI: usize = 31;
 /// Most memory-mapped devices.
 const MAX_MMIO: usize = 32;
 
-/// I/O APIC pin of the `n`th PCI slot or memory-mapped device.
-pub fn pin(n: usize) -> usize {
-    FIRST_PIN + n % (PINS - FIRST_PIN)
+/// I/O APIC pins of each kind of device.
+const PINS_OF_KIND: usize = (PINS - FIRST_PIN) / 2;
+
+/// I/O APIC pin of PCI slot `n`.
+pub fn pci_pin(n: usize) -> usize {
+    FIRST_PIN + n % PINS_OF_KIND
+}
+
+/// I/O APIC pin of memory-mapped device `n`.
+fn mmio_pin(n: usize) -> usize {
+    FIRST_PIN + PINS_OF_KIND + n % PINS_OF_KIND
 }
 
 /// A memory-mapped device, for the DSDT.
@@ -143,7 +151,7 @@ impl Chipset {
         if slot > MAX_PCI {
             return Err(io::Error::other(format!("a machine has room for {MAX_PCI} PCI devices")));
         }
-        let host = SlotInterrupts { irqs: self.irqs.clone(), pin: pin(slot), source: slot as u32 };
+        let host = SlotInterrupts { irqs: self.irqs.clone(), pin: pci_pin(slot), source: slot as u32 };
         let bar = PCI_MMIO32.0 + slot as u64 * BAR_SIZE;
         let transport = Arc::new(PciTransport::new(device, mem, Arc::new(host), bar)?);
         slots.pci.push((transport.clone(), None));
@@ -163,7 +171,7 @@ impl Chipset {
             return Err(io::Error::other(format!("a machine has room for {MAX_MMIO} memory-mapped devices")));
         }
         // Sources up to 31 are PCI slots.
-        let (irqs, pin, source) = (self.irqs.clone(), pin(n), 32 + n as u32);
+        let (irqs, pin, source) = (self.irqs.clone(), mmio_pin(n), 32 + n as u32);
         let line = Box::new(move |level| irqs.set_shared_pin(pin, source, level));
         let base = VIRTIO_MMIO.0 + n as u64 * mmio::WINDOW;
         slots.mmio.push((Arc::new(MmioTransport::new(device, mem, line)?), base));
@@ -276,7 +284,7 @@ mod tests {
     fn memory_mapped_devices_are_where_they_say() {
         let (c, mem) = chipset();
         let slots: Vec<_> = (0..9).map(|_| c.add_virtio_mmio(rng(), mem.clone()).unwrap()).collect();
-        assert_eq!((slots[8].gsi, slots[0].gsi, slots[7].gsi), (16, 16, 23));
+        assert_eq!((slots[8].gsi, slots[0].gsi, slots[7].gsi), (20, 20, 23));
         for s in slots {
             assert_eq!((load(&c, s.base), load(&c, s.base + 8)), (0x7472_6976, 4));
         }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::SerialConfig;
 use super::options::{flag, number, optional_size, size, texts};
 
 /// How a guest reaches a device.
@@ -183,6 +184,17 @@ pub struct ConsoleConfig {
     pub transport: TransportKind,
 }
 
+impl ConsoleConfig {
+    /// Where it goes, as for the serial port.
+    pub fn to(&self) -> SerialConfig {
+        match (&self.file, self.mode) {
+            (Some(path), _) => SerialConfig::File(path.clone()),
+            (None, ConsoleMode::Stdio) => SerialConfig::Stdio,
+            (None, ConsoleMode::Null) => SerialConfig::Null,
+        }
+    }
+}
+
 /// See [`ConsoleConfig`].
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
@@ -192,8 +204,6 @@ pub enum ConsoleMode {
     Stdio,
     /// Nowhere.
     Null,
-    /// To a file.
-    File,
 }
 
 /// All devices of a machine beside the chipset's.

@@ -354,10 +354,22 @@ mod tests {
         m.start(&d);
         m.set(0x80, 0xffff_f000);
         m.set(0x38, 1);
-        m.set(0x44, 0);
         d.chain(0, &[(0x3000, 64, true)]);
         d.offer(0);
         m.set(0x50, 0xffff_ffff);
+        m.set(0x50, 0);
+        assert_eq!(d.wait(), (0, 64));
+        // Until the driver takes it away, and reads that it has.
+        m.set(0x44, 0);
+        assert_eq!((m.get(0x44), m.get(0x70)), (0, 0x4f));
+        d.offer(0);
+        m.set(0x50, 0);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        assert_eq!(d.used(), None);
+        let mut d = Driver::new(&m.mem, 0x3_0000, 16);
+        m.start(&d);
+        d.chain(0, &[(0x3000, 64, true)]);
+        d.offer(0);
         m.set(0x50, 0);
         assert_eq!(d.wait(), (0, 64));
     }

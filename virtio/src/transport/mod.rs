@@ -191,12 +191,15 @@ impl Front {
         }
     }
 
-    /// Disables a queue of a device that does not run; drivers of the memory-mapped transport do that before they look at it.
+    /// Disables a queue, which the memory-mapped transport has (section 4.2.2.2): when this returns, its memory is the driver's again. A
+    /// device does not go on with a part of its queues: one that runs is stopped as a whole, and waits for a reset, which is what drivers do
+    /// next.
     pub fn disable_queue(&mut self, index: u16) {
-        if !self.active
-            && let Some(q) = self.queues.get_mut(usize::from(index))
-        {
-            q.enabled = false;
+        let Some(q) = self.queues.get_mut(usize::from(index)).filter(|q| q.enabled) else { return };
+        q.enabled = false;
+        if self.active {
+            self.device.reset();
+            self.signal.needs_reset();
         }
     }
 
