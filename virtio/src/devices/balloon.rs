@@ -273,14 +273,20 @@ mod tests {
             fn written(&self, gpa: u64, len: u64) {
                 lock(&self.0).push((gpa, len));
             }
+            fn withdraw(&self, _page: u64) -> u64 {
+                0
+            }
+            fn withdrawn(&self, _ticket: u64) -> bool {
+                true
+            }
         }
         let mut d = drivers();
         let log = Arc::new(Log::default());
         let owner: Arc<dyn CodeOwner> = log.clone();
         let region = d[0].mem.find_region(GuestAddress(0x30_0000)).unwrap();
         let map = region.get_mmap();
-        map.bitmap().add_owner(region.start_addr().0, Arc::downgrade(&owner));
-        map.bitmap().hold(0x30_0000 - region.start_addr().0);
+        let slot = map.bitmap().add_owner(region.start_addr().0, Arc::downgrade(&owner)).unwrap();
+        map.bitmap().hold(slot, 0x30_0000 - region.start_addr().0);
         let mut balloon = Balloon::new(0, false, false);
         activate(&mut balloon, &[&d[0], &d[1]], 0);
         d[0].put(0x2000, 0x300u32);
