@@ -37,6 +37,8 @@ mod register {
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
+/// Readings of a register that is to change, before a device is given up.
+const PATIENCE: u32 = 10_000;
 
 /// A device on the ABI's transport.
 #[derive(Debug)]
@@ -165,8 +167,14 @@ impl Transport for AbiTransport {
     fn queue_unset(&mut self, queue: u16) {
         self.write(register::QUEUE_SEL, queue.into());
         self.write(register::QUEUE_READY, 0);
-        // The device has let go of the queue when it reads back 0 (virtio 1.2, section 4.2.2.2).
+        // The device has let go of the queue when it reads back 0 (virtio 1.2, section 4.2.2.2). One that cannot stop a single queue
+        // is reset, for the driver takes the queue's memory back.
+        let mut reads = 0;
         while self.read(register::QUEUE_READY) != 0 {
+            reads += 1;
+            if reads == PATIENCE {
+                return self.set_status(DeviceStatus::empty());
+            }
             core::hint::spin_loop();
         }
         self.write(register::QUEUE_NUM, 0);

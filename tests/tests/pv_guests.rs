@@ -20,9 +20,12 @@ fn by_abi(output: &str) -> Vec<&str> {
 
 #[test]
 fn every_feature_works_by_the_abi() {
-    let output = boots(Engine::Bt, &["--pv", "all"]);
+    let output = boots(Engine::Bt, &["--pv", "all", "--rng=transport=pv"]);
     let used = by_abi(&output);
-    for f in ["PAGE_TABLES", "VIRTUAL_IF", "CLOCK", "TIMER", "IPI", "TLB_FLUSH", "LAZY_EOI", "SCHEDULE", "CONSOLE"] {
+    assert!(output.contains("virtio device works"), "a device on the ABI's transport:\n{output}");
+    for f in
+        ["PAGE_TABLES", "VIRTUAL_IF", "CLOCK", "TIMER", "IPI", "TLB_FLUSH", "LAZY_EOI", "SCHEDULE", "CONSOLE", "VIRTIO"]
+    {
         assert!(used.contains(&f), "{f} takes the native way:\n{output}");
     }
 }
@@ -35,7 +38,8 @@ fn what_pays_is_used_by_itself() {
 
 #[test]
 fn nothing_is_used_where_nothing_is_offered() {
-    let output = boots(Engine::Bt, &["--pv", "off"]);
+    let output = boots(Engine::Bt, &["--pv", "off", "--rng"]);
+    assert!(output.contains("virtio device works"), "a device on PCI:\n{output}");
     assert!(by_abi(&output).is_empty(), "{output}");
 }
 

@@ -80,12 +80,14 @@ enum Machine {
 }
 
 impl Machine {
-    fn command(&self, guest: &Path, cmdline: &str) -> Command {
+    fn command(&self, guest: &Path, form: &str, cmdline: &str) -> Command {
         match self {
             Self::Paravane { program, engine } => {
                 let mut c = Command::new(program);
                 c.args(["run", "--engine", engine, "--memory", "64M", "--serial", "stdio", "--debug-exit", "--stats"]);
-                c.args(["--pv", "all", "--rng", "--cmdline", cmdline]).arg("--kernel").arg(guest);
+                // The device to notify: on PCI for an ordinary kernel, on the ABI's transport for the other.
+                c.arg(if form == "abi" { "--rng=transport=pv" } else { "--rng=transport=pci" });
+                c.args(["--pv", "all", "--cmdline", cmdline]).arg("--kernel").arg(guest);
                 c
             }
             Self::Qemu => {
@@ -103,7 +105,7 @@ impl Machine {
         if let Some(count) = count {
             cmdline += &format!(" count={count}");
         }
-        let output = finished(&mut self.command(guest, &cmdline))?;
+        let output = finished(&mut self.command(guest, form, &cmdline))?;
         let run = parsed(&output);
         if run.ns.is_none() && case != "empty" && !output.contains(" absent") {
             let tail: Vec<&str> = output.lines().rev().take(5).collect();
