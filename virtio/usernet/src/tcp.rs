@@ -426,15 +426,17 @@ impl Tcp {
         Some(timer.map_or(sweep, |timer| timer.min(sweep)))
     }
 
-    /// Ends all connections, as after a reset of the guest's card. Forwarded ports stay open.
+    /// Ends all connections, as after a reset of the guest's card. Forwarded ports stay open. Nothing of smoltcp's state is
+    /// looked at: it may be what failed.
     pub(crate) fn reset(&mut self, registry: &Registry) {
-        for index in 0..self.flows.len() {
-            if let Some(flow) = &self.flows[index] {
-                let _ = socket2::SockRef::from(&flow.stream).set_linger(Some(Duration::ZERO));
-            }
-            self.remove(index, registry);
+        for mut flow in self.flows.drain(..).flatten() {
+            // The host's peers are to see a reset; whether that can be had or not, the socket goes away.
+            let _ = socket2::SockRef::from(&flow.stream).set_linger(Some(Duration::ZERO));
+            let _ = registry.deregister(&mut flow.stream);
         }
+        self.by_key.clear();
         self.queued.clear();
+        self.sockets = SocketSet::new(Vec::new());
         self.interface = interface();
     }
 }

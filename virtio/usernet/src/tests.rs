@@ -288,6 +288,13 @@ fn dhcp_gives_the_one_address() {
     assert_eq!(ask(DhcpMessageType::Request, Some(GUEST), Some(Ipv4Addr::new(10, 0, 2, 1))), None);
 }
 
+/// A server on the host that accepts connections, as the kernel does for it, and says nothing.
+fn silent_server() -> u16 {
+    // It is there until the test process ends.
+    let listener = Box::leak(Box::new(TcpListener::bind("127.0.0.1:0").unwrap()));
+    listener.local_addr().unwrap().port()
+}
+
 /// A server on the host that sends back all it gets, until the end, then ends too.
 fn echo_server() -> (u16, std::thread::JoinHandle<usize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -537,6 +544,21 @@ fn a_flood_of_connections_is_bounded_and_the_network_lives_on() {
     drop(accepted);
     let handle = world.connect(to);
     world.until("the guest is connected again", |world| world.tcp(handle).may_send());
+}
+
+#[test]
+fn a_failure_of_the_tcp_library_costs_connections_and_no_more() {
+    let [port, port_again] = [(); 2].map(|()| silent_server());
+    let mut world = World::new(Config::default(), false);
+    let handle = world.connect(SocketAddrV4::new(GATEWAY, port));
+    world.until("the guest is connected", |world| world.tcp(handle).may_send());
+    let fine = crate::guarded(|| panic!("a panic that this test asks for"));
+    world.net.recover(fine);
+    assert_eq!(world.net.counters().resets, 1);
+    world.tcp(handle).send_slice(b"anybody?").unwrap();
+    world.until("the old connection is gone", |world| world.tcp(handle).state() == State::Closed);
+    let handle = world.connect(SocketAddrV4::new(GATEWAY, port_again));
+    world.until("a new one works", |world| world.tcp(handle).may_send());
 }
 
 #[test]
