@@ -119,7 +119,8 @@ pub fn run_elf(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> (
     (status.code(), text)
 }
 
-fn command(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> Command {
+/// The command that runs a bare-metal guest with a command line and further options for Paravane.
+pub fn command(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> Command {
     match engine {
         Engine::Bt | Engine::Kvm => {
             let mut c = Command::new(host::program());

@@ -20,8 +20,10 @@ mod task_bench_compute;
 mod task_bench_debian;
 mod task_boots;
 mod task_check;
+mod task_conform;
 mod task_demo;
 mod task_fuzz;
+mod task_fuzz_calls;
 mod task_guests;
 mod task_measure;
 mod task_test;
@@ -55,6 +57,8 @@ enum Task {
     },
     /// Write the C header and the tables of the specification from pv-abi
     Abi(task_abi::Args),
+    /// Run the conformance guest of the paravirtual ABI and print clause, test and result
+    Conform(task_conform::Args),
     /// Measure what the paravirtual ABI gains, case by case, in time and exits
     Measure(task_measure::Args),
     /// Measure, beside QEMU where it is installed
@@ -68,6 +72,8 @@ enum Task {
 enum Fuzz {
     /// Load damaged vCPU states into live vCPUs and let them run
     State(task_fuzz::Args),
+    /// Random calls of the paravirtual ABI, from a bare-metal guest under binary translation
+    Hypercalls(task_fuzz_calls::Args),
 }
 
 #[derive(Subcommand)]
@@ -89,6 +95,8 @@ fn main() -> ExitCode {
         Task::Boots(args) => task_boots::run(&args),
         Task::Fuzz { what: Fuzz::State(args) } => task_fuzz::run(&args),
         Task::Abi(args) => task_abi::run(&args),
+        Task::Conform(args) => task_conform::run(&args),
+        Task::Fuzz { what: Fuzz::Hypercalls(args) } => task_fuzz_calls::run(&args),
         Task::Measure(args) => task_measure::run(&args),
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
         Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),
