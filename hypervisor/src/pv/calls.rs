@@ -148,6 +148,9 @@ fn negotiate(pv: &Pv, chipset: &Chipset, vcpu: u32, version: u64, features: u64)
         chipset.settle_eoi(n);
         pv.unshare_page(n);
         arm(pv, n, None);
+        if let Some(v) = pv.vcpu(n) {
+            v.kicked.store(false, SeqCst);
+        }
     }
     pv.event_vector.store(0, SeqCst);
     pv.reset_devices();

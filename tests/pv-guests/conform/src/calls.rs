@@ -236,8 +236,10 @@ fn call_5(abi: Abi) -> Outcome {
         for (n, b) in (0..).zip(text) {
             put8(low + n, b);
         }
+        let handler = trap::handle(0x80, None);
         // SAFETY: the code is the scratch page's, its stack the end of the same page.
         unsafe { trap::enter_user(at, at + 4096, 2, cs, 0) };
+        trap::handle(0x80, handler);
         let end = trap::last().frame;
         match end.vector {
             0x80 => {

@@ -162,7 +162,18 @@ fn neg_5(abi: Abi) -> Outcome {
     put8(page(0) + at!(irq_enabled), 0);
     irq::apic().send_self(0x63);
     irq::open();
-    check("the page is no longer shared", irq::order(0), 0x63)
+    check("the page is no longer shared", irq::order(0), 0x63)?;
+    if armed && abi.offered.has(Feature::Schedule) {
+        abi.call(Call::Kick, &[0]).gives("KICK", 0)?;
+        abi.begin()?;
+        let deadline = abi.now() + 3_000_000;
+        abi.call(Call::SetTimer, &[deadline, 0x61]).gives("SET_TIMER", 0)?;
+        abi.call(Call::Halt, &[]).gives("HALT", 0)?;
+        // SAFETY: HALT enables interrupts.
+        unsafe { cpu::cli() };
+        holds("the kick is forgotten", abi.now() >= deadline)?;
+    }
+    Ok(())
 }
 
 /// Arguments with which a call would be fine, or fail for another reason.

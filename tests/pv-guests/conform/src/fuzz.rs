@@ -38,7 +38,7 @@ impl Random {
         match self.below(8) {
             0 => self.one(&NOT_RAM),
             1 => ram_end() + self.below(3) * 8,
-            2 => (1 << 40) + self.next() >> self.below(20),
+            2 => ((1 << 40) | self.next()) >> self.below(20),
             3 => self.scratch() + self.below(4096),
             4 => self.scratch() + 4096 - 16,
             _ => self.scratch(),

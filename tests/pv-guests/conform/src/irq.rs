@@ -20,8 +20,7 @@ pub(crate) fn apic() -> Apic {
 pub(crate) fn init() {
     let apic = Apic::enable();
     APIC.store(if apic == Apic::X2 { 2 } else { 1 }, Relaxed);
-    // 0x80 ends user mode.
-    for v in (32..=254).filter(|v| *v != 0x80) {
+    for v in 32..=254 {
         trap::handle(v, Some(arrived));
     }
     // A spurious interrupt needs no EOI (SDM vol. 3, section 11.9), one that was sent with its vector does.
@@ -29,7 +28,7 @@ pub(crate) fn init() {
         255,
         Some(|_| {
             if in_service() {
-                apic().eoi();
+                self::apic().eoi();
             }
         }),
     );
@@ -89,8 +88,8 @@ pub(crate) fn open() {
     unsafe { cpu::cli() };
 }
 
-/// Ticks in which everything that must happen has happened: about half a second.
-pub(crate) const LONG: u64 = 1_500_000_000;
+/// Ticks in which everything that must happen has happened: about two seconds.
+pub(crate) const LONG: u64 = 6_000_000_000;
 /// About 20 ms.
 pub(crate) const SHORT: u64 = 60_000_000;
 
