@@ -2,15 +2,31 @@
 //!
 //! Numbers, arguments and memory come from a seed that the command line gives. Arguments are taken from what matters (addresses at edges, limits,
 //! masks, values a bit off) and from noise, arrays and the shared page are filled with elements that are nearly right. The guest's own memory has to survive: whatever
-//! writes to guest memory is sent to scratch pages or to what must be refused. The guest ends with status 0.
+//! writes to guest memory is sent to the last pages of RAM, behind which nothing is, or to what must be refused. The guest ends with status 0.
 
-use crate::abi::{Abi, NOT_RAM, PAGES, page, put, ram_end};
+use crate::abi::{Abi, NOT_RAM, Outcome, PAGES, put, ram_end};
 use crate::irq;
 use guest_rt::{console, cpu, info};
 use pv_abi::call::{Call, FIRST};
 use pv_abi::feature::Features;
 
 struct Random(u64);
+
+/// A page that the hypervisor may write to: one of the last of RAM. Page 0 is the shared one.
+fn page(n: usize) -> u64 {
+    ram_end() - 4096 * (PAGES - n) as u64
+}
+
+/// An address, unless it is one that the guest itself needs.
+fn harmless(at: u64) -> u64 {
+    if at < page(0) { at | page(0) | 1 << 40 } else { at }
+}
+
+/// These features in force, and the page shared.
+fn begin(abi: Abi, features: Features) -> Outcome {
+    abi.negotiate(features).gives("NEGOTIATE", features.0)?;
+    abi.call(Call::SharePage, &[page(0)]).gives("SHARE_PAGE", 0)
+}
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -35,15 +51,15 @@ impl Random {
 
     /// An address that is one of a scratch page's, or no RAM: nothing that the guest needs.
     fn address(&mut self) -> u64 {
-        match self.below(8) {
+        let at = match self.below(8) {
             0 => self.one(&NOT_RAM),
             1 => ram_end() + self.below(3) * 8,
             2 => ((1 << 40) | self.next()) >> self.below(20),
             3 => self.scratch() + self.below(4096),
             4 => self.scratch() + 4096 - 16,
             _ => self.scratch(),
-        }
-        .max(page(0))
+        };
+        harmless(at)
     }
 
     fn number(&mut self) -> u64 {
@@ -62,8 +78,8 @@ impl Random {
         let operation = if self.below(8) == 0 { self.below(8) } else { 1 + self.below(4) };
         let address = match operation {
             1 => self.address() & !7,
-            2 => self.next() & !0xfff,
-            _ if self.below(8) == 0 => self.number() & !7,
+            2 => harmless(self.next() & !0xfff),
+            _ if self.below(8) == 0 => harmless(self.number() & !7),
             _ => 0,
         };
         // A root is only ever refused or the one in force: others would end the guest, which proves nothing.
@@ -84,12 +100,12 @@ pub(crate) fn run(abi: Abi, seed: &str) -> ! {
     let mut r = Random(
         seed.bytes().fold(0x9e37_79b9_7f4a_7c15, |h: u64, b| h.rotate_left(7).wrapping_mul(31) ^ u64::from(b)) | 1,
     );
-    let _ = abi.begin();
+    let _ = begin(abi, abi.offered);
     for _ in 0..calls {
         match r.below(64) {
             0 => {
                 let features = if r.below(2) == 0 { abi.offered } else { Features(r.next() & abi.offered.0) };
-                let _ = abi.begin_with(features);
+                let _ = begin(abi, features);
             }
             // Interrupts of all kinds arrive, ended by the EOI register or by nobody for a while.
             1 => irq::open(),
@@ -150,8 +166,12 @@ fn one(abi: Abi, r: &mut Random) {
             a[0] = if r.below(4) == 0 { a[0] } else { 0 };
             a[1] = if r.below(4) == 0 { a[1] } else { r.below(0x120) & !3 };
             a[2] = if r.below(4) == 0 { a[2] } else { 4 };
-            // Queues of a device may lie in scratch pages or where nothing is.
-            a[3] = if r.below(2) == 0 { a[3] & 0xffff_ffff } else { r.address() & 0xffff_ffff };
+            // Queues of a device lie in scratch pages or where nothing is, but not where the guest is.
+            let small = a[1] < 0x80 || a[1] >= 0xb0;
+            a[3] = if small { a[3] & 0xffff_ffff } else { r.scratch() + r.below(512) * 8 };
+            if a[1] & 4 != 0 && !small {
+                a[3] = r.one(&[0, 0, 1, 0xffff_ffff]);
+            }
         }
         Call::Notify => a[0] = if r.below(2) == 0 { a[0] } else { r.below(3) },
         // These end the machine when they succeed.
