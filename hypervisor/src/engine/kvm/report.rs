@@ -142,3 +142,47 @@ pub(super) fn code_at_rip<E: Env>(st: &CpuState, env: &mut E) -> Vec<u8> {
     let n = mem::fetch(st, env, base.wrapping_add(st.rip), &mut bytes).unwrap_or(0);
     bytes[..n].to_vec()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_cause_is_one_sentence_and_what_cannot_be_read_is_said() {
+        let causes = [
+            Cause::Emulation,
+            Cause::SimultaneousExceptions,
+            Cause::Delivery,
+            Cause::UnexpectedExit(0x31),
+            Cause::Internal(9),
+            Cause::Entry(0x8000_0021),
+            Cause::Exit(77),
+        ];
+        for cause in causes {
+            let report =
+                Report { cause, emulating: false, code: Vec::new(), state: Box::new(CpuState::reset(0)) }.to_string();
+            let (first, rest) = report.split_once('\n').unwrap();
+            assert!(
+                first.starts_with("this host's KVM cannot go on") && first.ends_with("; try --engine bt"),
+                "{first}"
+            );
+            assert!(rest.contains("the instruction cannot be read") && rest.contains("real mode, ring 0"), "{rest}");
+        }
+    }
+
+    #[test]
+    fn code_is_decoded_in_the_mode_that_it_runs_in() {
+        let mut report = Report {
+            cause: Cause::Emulation,
+            emulating: true,
+            code: vec![0x48, 0x0f, 0xc7, 0x4d, 0x20],
+            state: Box::new(CpuState::reset(0)),
+        };
+        assert_eq!(report.instruction().as_deref(), Some("dec ax"), "16-bit");
+        report.state.efer = 1 << 10;
+        report.state.seg[Seg::Cs as usize] = paravane_cpu::Segment::flat_code(8, 0, true);
+        assert_eq!(report.instruction().as_deref(), Some("cmpxchg16b [rbp+20h]"));
+        report.code = vec![0x0f, 0xff];
+        assert!(report.to_string().contains("bytes 0f ff"));
+    }
+}

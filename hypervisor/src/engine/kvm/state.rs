@@ -413,3 +413,6 @@ pub(super) fn write(
     d.db.copy_from_slice(&st.dr[..4]);
     vcpu.set_debug_regs(&d).map_err(failed("debug registers"))
 }
+
+#[cfg(test)]
+mod tests;
