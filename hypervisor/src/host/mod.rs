@@ -72,27 +72,21 @@ enum Freshness {
 fn look_at_kvm(s: &Sources, cache: &Cache, features: &BTreeMap<String, bool>, how: Freshness) -> Kvm {
     let path = s.path(DEV_KVM);
     let modules = modules(s);
-    let mut cached = false;
-    let mut facts = (s.kvm)(&path, false);
-    if facts.access == Access::Open {
-        let key = Key {
-            boot: s.text("proc/sys/kernel/random/boot_id").unwrap_or_default(),
-            kernel: s.text("proc/sys/kernel/osrelease").unwrap_or_default(),
-            cpu: features::brand(&*s.cpuid),
-            version: env!("CARGO_PKG_VERSION").into(),
-            modules: modules.clone(),
-        };
-        let known = if how == Freshness::Cached { cache.get(&key) } else { None };
-        cached = known.is_some();
-        match known {
-            Some(speeds) => facts.speeds = Some(speeds),
-            None => {
-                facts = (s.kvm)(&path, true);
-                if let Some(speeds) = &facts.speeds {
-                    cache.put(&key, speeds);
-                }
-            }
-        }
+    let key = Key {
+        boot: s.text("proc/sys/kernel/random/boot_id").unwrap_or_default(),
+        kernel: s.text("proc/sys/kernel/osrelease").unwrap_or_default(),
+        cpu: features::brand(&*s.cpuid),
+        version: env!("CARGO_PKG_VERSION").into(),
+        modules: modules.clone(),
+    };
+    let known = if how == Freshness::Cached { cache.get(&key) } else { None };
+    // What is known spares the measurement, not the question whether KVM still makes a virtual machine.
+    let mut facts = (s.kvm)(&path, known.is_none());
+    let cached = known.is_some() && facts.access == Access::Open;
+    match &facts.speeds {
+        Some(speeds) => cache.put(&key, speeds),
+        None if cached => facts.speeds = known,
+        None => {}
     }
     let group = std::fs::metadata(&path).ok().and_then(|m| group_name(s, m.gid()));
     Kvm { kind: decide::kind(&facts, features), modules, group, facts, cached }

@@ -11,7 +11,6 @@
 //! The guest runs on a thread of its own. If KVM does not come back, a signal gets the thread out, and the answer is an error.
 #![allow(unsafe_code)] // Gives memory to KVM, and sends a signal to a thread of its own.
 
-use crate::tsc;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -183,8 +182,8 @@ impl Probe {
         Ok(Self { vcpu, stop, _vm: vm, _memory: memory })
     }
 
-    /// Puts the vCPU in front of the loop, in ring `ring`, and runs it to its end; gives the ticks.
-    fn run(&mut self, ring: u8, rounds: u64) -> Result<u64, String> {
+    /// Puts the vCPU in front of the loop, in ring `ring`, and runs it to its end; gives the time.
+    fn run(&mut self, ring: u8, rounds: u64) -> Result<Duration, String> {
         let refused = |e: kvm_ioctls::Error| format!("KVM refuses registers ({e})");
         let mut s = self.vcpu.get_sregs().map_err(refused)?;
         let segment = |selector: u16, kind: u8, l: u8| kvm_segment {
@@ -207,14 +206,14 @@ impl Probe {
         // IOPL 3: OUT works everywhere.
         let regs = kvm_regs { rip: CODE, rcx: rounds, rdx: 0x80, rflags: 0x3002, rsp: 0x8000, ..Default::default() };
         self.vcpu.set_regs(&regs).map_err(refused)?;
-        let began = tsc::rdtsc();
+        let began = Instant::now();
         self.enter()?;
-        let ticks = tsc::rdtsc() - began;
+        let time = began.elapsed();
         let left = self.vcpu.get_regs().map_err(refused)?.rcx;
         if left != 0 {
             return Err(format!("KVM gave up in ring {ring} with {left} of {rounds} rounds to go"));
         }
-        Ok(ticks)
+        Ok(time)
     }
 
     /// One KVM_RUN, to the next OUT.
@@ -235,8 +234,8 @@ impl Probe {
 
     /// Nanoseconds per instruction in a ring. The loop has two instructions a round.
     fn ring(&mut self, ring: u8) -> Result<f64, String> {
-        let mut best = |rounds: u64, tries: u32| -> Result<u64, String> {
-            let mut least = u64::MAX;
+        let mut best = |rounds: u64, tries: u32| -> Result<Duration, String> {
+            let mut least = Duration::MAX;
             for _ in 0..tries {
                 least = least.min(self.run(ring, rounds)?);
             }
@@ -245,7 +244,7 @@ impl Probe {
         let base = best(1, 4)?;
         let mut rounds = 250;
         loop {
-            let ns = to_ns(best(rounds, 3)?.saturating_sub(base));
+            let ns = nanoseconds(best(rounds, 3)?.saturating_sub(base));
             if ns > 100_000.0 || rounds > 200_000 {
                 return Ok(ns / (2 * (rounds - 1)) as f64);
             }
@@ -263,19 +262,18 @@ impl Probe {
     /// Nanoseconds of an exit: the vCPU is at the OUT loop.
     fn exit(&mut self) -> Result<f64, String> {
         self.run(0, 1)?;
-        let mut least = u64::MAX;
+        let mut least = Duration::MAX;
         for _ in 0..32 {
-            let began = tsc::rdtsc();
+            let began = Instant::now();
             self.enter()?;
-            least = least.min(tsc::rdtsc() - began);
+            least = least.min(began.elapsed());
         }
-        Ok(to_ns(least))
+        Ok(nanoseconds(least))
     }
 }
 
-/// Ticks in nanoseconds.
-fn to_ns(ticks: u64) -> f64 {
-    ticks as f64 * 1e6 / f64::from(tsc::tsc_khz())
+fn nanoseconds(time: Duration) -> f64 {
+    time.as_nanos() as f64
 }
 
 /// The guest's loop, here.
@@ -290,5 +288,5 @@ fn host() -> f64 {
         }
         least = least.min(began.elapsed());
     }
-    least.as_nanos() as f64 / (2 * ROUNDS) as f64
+    nanoseconds(least) / (2 * ROUNDS) as f64
 }

@@ -325,7 +325,8 @@ pub(super) fn move_tsc(vcpu: &VcpuFd, st: &CpuState) -> Result<(), KvmError> {
 
 /// What KVM is in the middle of delivering, as an engine of any kind can take it over. Software interrupts are executed again.
 pub(super) fn injection(e: &kvm::kvm_vcpu_events) -> Option<Injection> {
-    if e.exception.injected != 0 || e.exception.pending != 0 {
+    let soft = matches!(e.exception.nr, 3 | 4); // INT3 and INTO
+    if !soft && (e.exception.injected != 0 || e.exception.pending != 0) {
         let error_code = (e.exception.has_error_code != 0).then_some(e.exception.error_code);
         return Some(Injection::Exception { vector: e.exception.nr, error_code });
     }
