@@ -167,8 +167,7 @@ impl Engine {
         let exc = match sh.fault_vector {
             fault::POLL => {
                 self.stats.polls += 1;
-                self.memory.acknowledge();
-                self.memory.protect_poll(false);
+                self.memory.polled();
                 return;
             }
             0 => Exception::DivideError,

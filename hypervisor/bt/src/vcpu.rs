@@ -185,6 +185,15 @@ impl StateMemory {
         }
     }
 
+    /// As [`Self::acknowledge`], when a poll has found its page protected, whoever did that and whatever has become of the note of it.
+    ///
+    /// The page must not be made readable behind the back of a kick that has just protected it: further kicks would rely on that one. So the
+    /// note is made first, which keeps them from protecting, and is taken back last.
+    pub(crate) fn polled(&self) {
+        self.atomics().2.store(1, SeqCst);
+        self.acknowledge();
+    }
+
     /// Announces that the vCPU enters translated code; false when there is a request to see to first.
     pub(crate) fn enter(&self) -> bool {
         let (request, in_tc, _) = self.atomics();

@@ -6,11 +6,14 @@ use paravane_bt::{BtConfig, BtVcpu, GuestRam};
 use paravane_cpu::state::{cr0, cr4, efer};
 use paravane_cpu::{Bus, BusOutcome, Reg, Seg, Segment, VcpuExit};
 use std::arch::global_asm;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// A bus with nothing on it.
-struct Nothing;
+#[derive(Default)]
+struct Nothing(AtomicBool);
 
 impl Bus for Nothing {
     fn pio_read(&self, _: u32, _: u16, data: &mut [u8]) {
@@ -45,7 +48,7 @@ impl Bus for Nothing {
         false
     }
     fn stopping(&self) -> bool {
-        false
+        self.0.load(SeqCst)
     }
 }
 
@@ -67,8 +70,12 @@ fn memory() -> GuestRam {
 
 /// vCPU `id` of `cpus` in 64-bit mode at `rip`, with registers.
 fn vcpu(mem: &GuestRam, id: u32, cpus: u32, rip: u64, regs: &[(Reg, u64)]) -> BtVcpu {
+    vcpu_on(Arc::default(), mem, id, cpus, rip, regs)
+}
+
+fn vcpu_on(bus: Arc<Nothing>, mem: &GuestRam, id: u32, cpus: u32, rip: u64, regs: &[(Reg, u64)]) -> BtVcpu {
     let cfg = BtConfig { cpus, ..BtConfig::default() };
-    let mut vcpu = BtVcpu::new(id, mem.clone(), Arc::new(Nothing), cfg).unwrap();
+    let mut vcpu = BtVcpu::new(id, mem.clone(), bus, cfg).unwrap();
     let st = vcpu.state_mut();
     st.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::NE | cr0::ET;
     st.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT;
@@ -421,4 +428,43 @@ fn vcpus_that_wait_for_each_other_get_on() {
     for v in &vcpus {
         assert_eq!(v.state().gpr[Reg::R12 as usize], ROUNDS);
     }
+}
+
+// ---- kicks ----
+
+guest!(spin, "2: jmp 2b");
+
+#[test]
+fn no_kick_is_lost_among_others() {
+    const ROUNDS: u32 = 300;
+    let mem = memory();
+    spin::put(&mem, CODE);
+    let bus = Arc::new(Nothing::default());
+    let mut v = vcpu_on(bus.clone(), &mem, 0, 1, CODE, &[]);
+    let kick = v.kick_handle();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                while !done.load(SeqCst) {
+                    kick.kick();
+                }
+            });
+        }
+        for round in 0..ROUNDS {
+            let began = Instant::now();
+            s.spawn(|| {
+                std::thread::sleep(Duration::from_micros(200));
+                bus.0.store(true, SeqCst);
+                kick.kick();
+            });
+            assert_eq!(v.run().unwrap(), VcpuExit::Stopped);
+            bus.0.store(false, SeqCst);
+            if began.elapsed() > Duration::from_secs(20) {
+                done.store(true, SeqCst);
+                panic!("the last kick of round {round} was seen after {:?}", began.elapsed());
+            }
+        }
+        done.store(true, SeqCst);
+    });
 }
