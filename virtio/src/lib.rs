@@ -17,6 +17,7 @@ mod chain;
 mod device;
 pub mod devices;
 mod doorbell;
+pub mod fuzz;
 mod queue;
 pub mod transport;
 mod worker;

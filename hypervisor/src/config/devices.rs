@@ -154,22 +154,6 @@ pub struct VsockConfig {
     pub transport: TransportKind,
 }
 
-/// A folder of the host, shared with the guest.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(deny_unknown_fields)]
-pub struct FsConfig {
-    /// The name by which the guest mounts it.
-    pub tag: String,
-    /// The folder.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default, deserialize_with = "flag")]
-    pub readonly: bool,
-    /// How the guest reaches it.
-    #[serde(default)]
-    pub transport: TransportKind,
-}
-
 /// Where a virtio console goes.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
@@ -222,9 +206,6 @@ pub struct DevicesConfig {
     pub balloon: Option<BalloonConfig>,
     /// Sockets.
     pub vsock: Option<VsockConfig>,
-    /// Shared folders.
-    #[serde(default)]
-    pub fs: Vec<FsConfig>,
     /// Console.
     pub console: Option<ConsoleConfig>,
 }
@@ -260,9 +241,6 @@ pub struct FileConfig {
     pub balloon: Option<BalloonConfig>,
     /// `--vsock`.
     pub vsock: Option<VsockConfig>,
-    /// `--fs`, repeatable.
-    #[serde(default)]
-    pub fs: Vec<FsConfig>,
     /// `--console`.
     pub console: Option<ConsoleConfig>,
 }
@@ -292,7 +270,6 @@ impl FileConfig {
             rng: self.rng.clone(),
             balloon: self.balloon.clone(),
             vsock: self.vsock.clone(),
-            fs: self.fs.clone(),
             console: self.console.clone(),
         }
     }
@@ -308,7 +285,7 @@ impl DevicesConfig {
             self.vsock.as_ref().map(|d| d.transport),
             self.console.as_ref().map(|d| d.transport),
         ];
-        let all = lists.chain(self.fs.iter().map(|d| d.transport)).chain(singles.into_iter().flatten());
+        let all = lists.chain(singles.into_iter().flatten());
         all.filter(|&t| t == TransportKind::Pv).count() as u32
     }
 
@@ -316,7 +293,6 @@ impl DevicesConfig {
     pub fn merge(mut self, over: Self) -> Self {
         self.disk.extend(over.disk);
         self.net.extend(over.net);
-        self.fs.extend(over.fs);
         Self {
             rng: over.rng.or(self.rng),
             balloon: over.balloon.or(self.balloon),

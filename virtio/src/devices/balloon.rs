@@ -286,7 +286,7 @@ mod tests {
         let region = d[0].mem.find_region(GuestAddress(0x30_0000)).unwrap();
         let map = region.get_mmap();
         let slot = map.bitmap().add_owner(region.start_addr().0, Arc::downgrade(&owner)).unwrap();
-        map.bitmap().hold(slot, 0x30_0000 - region.start_addr().0);
+        let _ = map.bitmap().hold(slot, 0x30_0000 - region.start_addr().0);
         let mut balloon = Balloon::new(0, false, false);
         activate(&mut balloon, &[&d[0], &d[1]], 0);
         d[0].put(0x2000, 0x300u32);
