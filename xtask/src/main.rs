@@ -24,6 +24,7 @@ mod task_conform;
 mod task_demo;
 mod task_fuzz;
 mod task_fuzz_calls;
+mod task_fuzz_device;
 mod task_guests;
 mod task_measure;
 mod task_test;
@@ -70,6 +71,8 @@ enum Task {
 
 #[derive(Subcommand)]
 enum Fuzz {
+    /// What a hostile guest does to virtio devices
+    Device(task_fuzz_device::Args),
     /// Load damaged vCPU states into live vCPUs and let them run
     State(task_fuzz::Args),
     /// Random calls of the paravirtual ABI, from a bare-metal guest under binary translation
@@ -93,6 +96,7 @@ fn main() -> ExitCode {
         Task::Check => task_check::run(),
         Task::Guests(args) => task_guests::run(&args),
         Task::Boots(args) => task_boots::run(&args),
+        Task::Fuzz { what: Fuzz::Device(args) } => task_fuzz_device::run(&args),
         Task::Fuzz { what: Fuzz::State(args) } => task_fuzz::run(&args),
         Task::Abi(args) => task_abi::run(&args),
         Task::Conform(args) => task_conform::run(&args),
