@@ -169,9 +169,18 @@ pub struct Known {
 
 /// Cases that an engine is known to fail, from `known-failures.toml`.
 pub fn known_failures(engine: Engine) -> Vec<Known> {
+    known_failures_of(engine.name())
+}
+
+/// The same for the conformance guest: entries whose engine begins with `conform-`.
+pub fn known_conformance_failures(engine: Engine) -> Vec<Known> {
+    known_failures_of(&format!("conform-{}", engine.name()))
+}
+
+fn known_failures_of(engine: &str) -> Vec<Known> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("known-failures.toml");
     let text = std::fs::read_to_string(&path).expect("tests/known-failures.toml can be read");
-    parse_known(&text).into_iter().filter(|k| k.engine == engine.name()).collect()
+    parse_known(&text).into_iter().filter(|k| k.engine == engine).collect()
 }
 
 /// The file is a flat list of `key = "value"` lines under `[[failure]]` headings.

@@ -223,6 +223,7 @@ fn eoi_1(abi: Abi) -> Outcome {
     irq::apic().send_self(0x60);
     irq::apic().send_self(0x70);
     irq::open();
+    irq::open();
     check("both came", irq::count(), 2)?;
     check("the higher one first", irq::order(0), 0x70)?;
     check("the first came without the bit", OFFERED.load(Relaxed) >> 1, 0)?;
@@ -261,6 +262,7 @@ fn eoi_3(abi: Abi) -> Outcome {
         }
     }));
     irq::apic().send_self(0x60);
+    irq::open();
     irq::open();
     check("the bit behind another request", SEEN.load(Relaxed), 0x100)?;
     check("the first", irq::order(0), 0x60)?;

@@ -81,7 +81,9 @@ pub(crate) fn open() {
     let start = cpu::tsc();
     // SAFETY: all vectors have handlers.
     unsafe { cpu::sti() };
-    while cpu::tsc().wrapping_sub(start) < 100_000 {
+    let mut rounds = 0;
+    while rounds < 300 || cpu::tsc().wrapping_sub(start) < 100_000 {
+        rounds += 1;
         core::hint::spin_loop();
     }
     // SAFETY: CPL 0.
