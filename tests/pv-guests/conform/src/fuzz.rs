@@ -19,7 +19,7 @@ fn page(n: usize) -> u64 {
 
 /// An address, unless it is one that the guest itself needs.
 fn harmless(at: u64) -> u64 {
-    if at < page(0) { at | page(0) | 1 << 40 } else { at }
+    if (0x1000..page(0)).contains(&at) { at | page(0) | 1 << 40 } else { at }
 }
 
 /// These features in force, and the page shared.
@@ -88,7 +88,8 @@ impl Random {
             // SAFETY: reads a register.
             (5, _) => unsafe { cpu::read_cr3() },
             (3 | 4, 0) => 0,
-            _ => self.number(),
+            // A device may take it for an address.
+            _ => harmless(self.number()),
         };
         (address | operation, value)
     }
@@ -168,7 +169,7 @@ fn one(abi: Abi, r: &mut Random) {
             a[2] = if r.below(4) == 0 { a[2] } else { 4 };
             // Queues of a device lie in scratch pages or where nothing is, but not where the guest is.
             let small = a[1] < 0x80 || a[1] >= 0xb0;
-            a[3] = if small { a[3] & 0xffff_ffff } else { r.scratch() + r.below(512) * 8 };
+            a[3] = if small { a[3] & 0xffff_ffff } else { r.scratch() + r.below(256) * 16 };
             if a[1] & 4 != 0 && !small {
                 a[3] = r.one(&[0, 0, 1, 0xffff_ffff]);
             }
