@@ -82,11 +82,10 @@ impl Random {
             _ if self.below(8) == 0 => harmless(self.number() & !7),
             _ => 0,
         };
-        // A root is only ever refused or the one in force: others would end the guest, which proves nothing.
+        // A root is only ever refused: another one would end the guest, and so would the one in force where the hypervisor writes to
+        // it, as it may if the array lies in the shared page.
         let value = match (operation, self.below(2)) {
-            (5, 0) => 1 << (52 + self.below(10)),
-            // SAFETY: reads a register.
-            (5, _) => unsafe { cpu::read_cr3() },
+            (5, _) => 1 << (52 + self.below(10)),
             (3 | 4, 0) => 0,
             // A device may take it for an address.
             _ => harmless(self.number()),
