@@ -79,33 +79,44 @@ impl Engine {
     /// Delivers what is pending and permitted.
     fn deliver_events(&mut self) {
         self.profile.begin(Cause::Interrupt);
+        if self.deliver_one() {
+            // What else waits has had its kick: whatever sets IF must come back for it.
+            self.shared().irq_window = u32::from(self.bus.interrupt_pending(self.id));
+        }
+    }
+
+    /// Delivers the first of what is pending and permitted; gives whether there was anything.
+    fn deliver_one(&mut self) -> bool {
         let st = self.cpu();
         if let Some(message) = self.bus.take_startup(self.id) {
-            return self.start_up(message);
+            self.start_up(message);
+            return true;
         }
         if st.halted == AWAITS_STARTUP {
-            return;
+            return false;
         }
         if let Some(injection) = self.injection.take() {
-            return self.deliver_injection(injection);
+            self.deliver_injection(injection);
+            return true;
         }
         if st.nmi_blocked == 0 && st.irq_shadow == 0 && self.bus.take_nmi(self.id) {
             st.halted = 0;
             if let Err(stop) = interrupt::deliver_nmi(st, self) {
                 self.stop = Some(stop);
             }
-            return;
+            return true;
         }
         let pending = self.bus.interrupt_pending(self.id);
         self.shared().irq_window = 0;
         if !pending {
-            return;
+            return false;
         }
         if st.rflags & rflags::IF == 0 || st.irq_shadow != 0 {
             self.shared().irq_window = 1;
-            return;
+            return false;
         }
-        if let Some(vector) = self.bus.interrupt_ack(self.id) {
+        let acknowledged = self.bus.interrupt_ack(self.id);
+        if let Some(vector) = acknowledged {
             st.halted = 0;
             self.stats.interrupts += 1;
             self.sample_window();
@@ -113,6 +124,7 @@ impl Engine {
                 self.stop = Some(stop);
             }
         }
+        acknowledged.is_some()
     }
 
     /// INIT or a start-up message has come.

@@ -279,13 +279,14 @@ pub const AWAITS_STARTUP: u8 = 2;
 
 impl CpuState {
     /// What INIT leaves (SDM vol. 3, table 10-1): as after a reset, but for the time-stamp counter, the cache-control bits
-    /// of CR0, extended state and those MSRs that concern the system as a whole. The vCPU then waits for a start-up message.
+    /// of CR0, extended state and those MSRs that concern the system as a whole. The vCPU then waits for a start-up message, save the first one: the
+    /// bootstrap processor goes on at the reset vector (section 9.4.3), where this machine has no firmware.
     pub fn init(&mut self) {
         let kept = cr0::CD | cr0::NW;
         let fresh = Self::reset(self.id);
         *self = Self {
             cr0: fresh.cr0 & !kept | self.cr0 & kept,
-            halted: AWAITS_STARTUP,
+            halted: if self.id == 0 { 0 } else { AWAITS_STARTUP },
             xcr0: self.xcr0,
             xsave: self.xsave.clone(),
             kernel_gs_base: self.kernel_gs_base,

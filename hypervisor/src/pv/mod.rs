@@ -91,7 +91,7 @@ pub struct PvConfig {
     pub kvm: bool,
     /// Guest RAM.
     pub ram: GuestRam,
-    /// How many virtio devices [`Pv::add_device`] will bring.
+    /// How many virtio devices `Pv::add_device` will bring.
     pub devices: u32,
 }
 

@@ -1,7 +1,7 @@
 //! The stack pointer in window blocks: checked where it changes instead of where it is used.
 //!
 //! Nearly every block uses the stack, and RSP nearly always moves by constants, so a check per block is mostly wasted. In blocks of
-//! [`Mode::STACKED`] it is in or near the high window when the block is entered and when it is left; [`crate::window`] tells who
+//! [`crate::block::Mode::STACKED`] it is in or near the high window when the block is entered and when it is left; [`crate::window`] tells who
 //! sees to that. Here is the part of emitted code: which changes of RSP are followed by a check.
 
 use super::Translator;

@@ -5,13 +5,13 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | [`vcpu`] | the run loop and the exits |
-//! | [`run_page`] | the page shared with KVM, KVM_RUN, kicks |
-//! | [`state`] | `CpuState` to and from KVM |
-//! | [`cpuid`] | the machine's CPUID, less what KVM cannot do |
-//! | [`env`] | the environment for MSRs that KVM leaves to us |
-//! | [`report`] | what is said when KVM cannot go on |
-//! | [`stats`] | counters |
+//! | `vcpu` | the run loop and the exits |
+//! | `run_page` | the page shared with KVM, KVM_RUN, kicks |
+//! | `state` | `CpuState` to and from KVM |
+//! | `cpuid` | the machine's CPUID, less what KVM cannot do |
+//! | `env` | the environment for MSRs that KVM leaves to us |
+//! | `report` | what is said when KVM cannot go on |
+//! | `stats` | counters |
 //!
 //! # Kinds of KVM
 //!

@@ -1,6 +1,6 @@
 //! The network device (virtio 1.2, section 5.1): a card whose other end is a [`Backend`].
 //!
-//! One thread serves all queues of a card ([`run`]): it takes frames from the transmit queues to the backend, lets the
+//! One thread serves all queues of a card (`run`): it takes frames from the transmit queues to the backend, lets the
 //! backend do its work, and puts the backend's frames into receive buffers. Frames may be as long as 64 KiB in both
 //! directions (segmentation offload), and a long frame to the guest takes as many of its buffers as it needs
 //! (mergeable buffers).
