@@ -1,5 +1,6 @@
 //! The command line: parse, then call in.
 
+mod bench;
 mod doctor;
 
 use clap::{Args, Parser, Subcommand};
@@ -32,6 +33,9 @@ enum Command {
     /// Say what this host offers, what each engine can do here, and which one "auto" takes.
     #[command(after_help = doctor::AFTER_HELP)]
     Doctor(Doctor),
+    /// Measure what each way of virtualizing costs here, and what the paravirtual interfaces save.
+    #[command(after_help = paravane_bench::cli::AFTER_HELP)]
+    Bench(Box<paravane_bench::cli::Bench>),
 }
 
 const EXIT_CODES: &str = "\
@@ -140,6 +144,7 @@ fn main() -> ExitCode {
     let r = match Cli::parse().command {
         Command::Run(r) => *r,
         Command::Doctor(d) => return d.run(),
+        Command::Bench(b) => return bench::run(&b),
     };
     let cfg = match config(r) {
         Ok(cfg) => cfg,

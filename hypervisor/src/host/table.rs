@@ -26,7 +26,8 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-fn kvm(r: &Report) -> String {
+/// What /dev/kvm is, in a clause that follows its name.
+pub fn kvm(r: &Report) -> String {
     let k = &r.kvm;
     let modules = if k.modules.is_empty() { String::new() } else { format!(" ({})", k.modules.join(", ")) };
     match k.facts.access {

@@ -1,0 +1,215 @@
+//! The command line of `paravane bench`.
+
+use crate::model::{Host, Plan, Report, SCHEMA, Side, Suite};
+use crate::progress::{Bar, Progress};
+use crate::{Failure, Result, linux, micro, surroundings, table};
+use clap::{Args, Subcommand, ValueEnum};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What the help ends with.
+pub const AFTER_HELP: &str = "\
+Exit status:
+  0    measured; what could not be is named in the report
+  2    the command line is wrong, or a guest image that it needs is missing
+  3    the host lacks something or failed
+
+Example:
+  cargo xtask guests bench
+  paravane bench all --quick --out results";
+
+/// Options of `paravane bench`.
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Bench {
+    /// What to measure
+    #[arg(value_enum, default_value = "all")]
+    suite: SuiteArg,
+    /// Paravane's engines
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "bt,kvm")]
+    engines: Vec<EngineArg>,
+    /// Guests that know nothing of Paravane (stock), those that use its interfaces (pv), or both
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "stock,pv")]
+    forms: Vec<FormArg>,
+    /// What to compare with: processes of this host, QEMU's emulator, both or none
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "host,qemu")]
+    peers: Vec<PeerArg>,
+    /// Less work and fewer rounds: a first look, with rougher figures
+    #[arg(long)]
+    quick: bool,
+    /// Rounds; each suite knows a number that steadies its medians
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: Option<u32>,
+    /// Only rows whose name (as in the JSON file) contains one of these
+    #[arg(long, value_name = "PART", value_delimiter = ',')]
+    only: Vec<String>,
+    /// The folder of the guests [default: target/guests of this folder or one above it]
+    #[arg(long, value_name = "DIR")]
+    guests: Option<PathBuf>,
+    /// Write bench.json and bench.html to this folder, which is made if need be
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["json", "html"])]
+    out: Option<PathBuf>,
+    /// Write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the report as a page for a browser
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Other>,
+}
+
+#[derive(Subcommand)]
+enum Other {}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SuiteArg {
+    /// Single operations in a bare-metal guest
+    Micro,
+    /// Stock Linux and programs under it
+    Macro,
+    /// Both
+    All,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EngineArg {
+    /// Binary translation
+    Bt,
+    /// KVM
+    Kvm,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum FormArg {
+    /// The guest knows nothing of Paravane
+    Stock,
+    /// The guest uses the paravirtual interfaces
+    Pv,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PeerArg {
+    /// Processes of this machine
+    Host,
+    /// QEMU's emulator (TCG)
+    Qemu,
+    /// Nothing
+    None,
+}
+
+impl Bench {
+    /// Does what the command line says and returns the exit status. `host` is what the binary knows of the machine; asked
+    /// for only if something is measured.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub fn run(&self, host: impl FnOnce() -> Host) -> Result<u8> {
+        match &self.command {
+            None => self.measure(host()),
+            Some(other) => match *other {},
+        }
+    }
+
+    fn measure(&self, mut host: Host) -> Result<u8> {
+        host.date = surroundings::now();
+        host.commit = surroundings::commit();
+        host.qemu = surroundings::qemu();
+        host.load = surroundings::load();
+        let plan = self.plan(&host)?;
+        let (json, html) = self.files()?;
+        let start = Instant::now();
+        let mut bar = Bar::default();
+        let mut rows = Vec::new();
+        for (side, reason) in &plan.absent {
+            bar.note(&format!("paravane: {side} is left out: {reason}"));
+        }
+        for suite in &plan.suites {
+            rows.extend(match suite {
+                Suite::Micro => micro::run(&plan, &mut bar)?,
+                Suite::Macro => linux::run(&plan, &mut bar)?,
+            });
+        }
+        rows.sort_by_key(|row| row.group);
+        let report = Report { schema: SCHEMA, host, plan, seconds: start.elapsed().as_secs_f64(), rows };
+        // A closed standard output leaves nobody to read it.
+        let _ = std::io::stdout().write_all(table::text(&report).as_bytes());
+        if let Some(file) = json {
+            write(&file, &to_json(&report))?;
+        }
+        let _ = html;
+        Ok(0)
+    }
+
+    /// Where the files go. The folder is made now, so that a long run does not end in an error.
+    fn files(&self) -> Result<(Option<PathBuf>, Option<PathBuf>)> {
+        match &self.out {
+            None => Ok((self.json.clone(), self.html.clone())),
+            Some(folder) => {
+                fs::create_dir_all(folder)
+                    .map_err(|e| Failure::usage(format!("cannot create the folder {}: {e}", folder.display())))?;
+                Ok((Some(folder.join("bench.json")), Some(folder.join("bench.html"))))
+            }
+        }
+    }
+
+    fn plan(&self, host: &Host) -> Result<Plan> {
+        let suites = match self.suite {
+            SuiteArg::Micro => vec![Suite::Micro],
+            SuiteArg::Macro => vec![Suite::Macro],
+            SuiteArg::All => vec![Suite::Micro, Suite::Macro],
+        };
+        if self.peers.contains(&PeerArg::None) && self.peers.len() > 1 {
+            return Err(Failure::usage("--peers none stands alone; leave \"none\" out or everything else"));
+        }
+        let sides: Vec<_> = Side::ALL.into_iter().filter(|side| self.wants(*side)).collect();
+        let guests = match &self.guests {
+            Some(folder) if folder.is_dir() => folder.clone(),
+            Some(folder) => return Err(Failure::usage(format!("there is no folder {}", folder.display()))),
+            None => surroundings::guests().ok_or_else(|| {
+                Failure::usage("there is no folder target/guests here; make it with \"cargo xtask guests bench\" or name it with --guests")
+            })?,
+        };
+        let paravane = std::env::current_exe()
+            .map_err(|e| Failure::host(format!("cannot find this program, which is to be measured: {e}")))?;
+        let absent = absent(&sides, host);
+        let only = self.only.clone();
+        let kvm_emulates = host.kvm.emulating;
+        Ok(Plan { suites, sides, absent, quick: self.quick, rounds: self.rounds, only, kvm_emulates, guests, paravane })
+    }
+
+    fn wants(&self, side: Side) -> bool {
+        let paravane = |engine, form| self.engines.contains(&engine) && self.forms.contains(&form);
+        match side {
+            Side::Host => self.peers.contains(&PeerArg::Host),
+            Side::BtStock => paravane(EngineArg::Bt, FormArg::Stock),
+            Side::BtPv => paravane(EngineArg::Bt, FormArg::Pv),
+            Side::KvmStock => paravane(EngineArg::Kvm, FormArg::Stock),
+            Side::KvmPv => paravane(EngineArg::Kvm, FormArg::Pv),
+            Side::TcgStock => self.peers.contains(&PeerArg::Qemu),
+        }
+    }
+}
+
+/// Sides that cannot run here, and why.
+fn absent(sides: &[Side], host: &Host) -> BTreeMap<Side, String> {
+    let reason = |side: &Side| match side {
+        Side::KvmStock | Side::KvmPv if !host.kvm.usable => Some(format!("/dev/kvm {}", host.kvm.text)),
+        Side::TcgStock if host.qemu.is_none() => {
+            Some(format!("{} is not installed; get it with \"apt-get install qemu-system-x86\"", surroundings::QEMU))
+        }
+        _ => None,
+    };
+    sides.iter().filter_map(|side| Some((*side, reason(side)?))).collect()
+}
+
+fn to_json(report: &Report) -> String {
+    serde_json::to_string_pretty(report).expect("plain data with string keys always serializes") + "\n"
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    fs::write(file, text).map_err(|e| Failure::host(format!("cannot write {}: {e}", file.display())))
+}
