@@ -4,7 +4,7 @@
 //! masks, values a bit off) and from noise, arrays and the shared page are filled with elements that are nearly right. The guest's own memory has to survive: whatever
 //! writes to guest memory is sent to the last pages of RAM, behind which nothing is, or to what must be refused. The guest ends with status 0.
 
-use crate::abi::{Abi, NOT_RAM, Outcome, PAGES, put, ram_end};
+use crate::abi::{Abi, NOT_RAM, Outcome, PAGES, get, put, ram_end};
 use crate::irq;
 use guest_rt::{console, cpu, info};
 use pv_abi::call::{Call, FIRST};
@@ -82,8 +82,7 @@ impl Random {
             _ if self.below(8) == 0 => harmless(self.number() & !7),
             _ => 0,
         };
-        // A root is only ever refused: another one would end the guest, and so would the one in force where the hypervisor writes to
-        // it, as it may if the array lies in the shared page.
+        // A root is only ever refused, for another one would end the guest.
         let value = match (operation, self.below(2)) {
             (5, _) => 1 << (52 + self.below(10)),
             (3 | 4, 0) => 0,
@@ -91,6 +90,27 @@ impl Random {
             _ => harmless(self.number()),
         };
         (address | operation, value)
+    }
+}
+
+/// Takes from an array of page-table updates what would end the guest although each element was harmless when it was written: calls, devices and
+/// the hypervisor, by way of the shared page, write to scratch pages too, and an array may begin in the middle of an element.
+fn tame(array: u64, count: u64) {
+    let end = array.saturating_add(count.min(4096) * 16).min(ram_end());
+    let within = array..end;
+    if array < page(0) || !array.is_multiple_of(8) {
+        return;
+    }
+    for at in (array..end).step_by(16).filter(|at| at + 16 <= end) {
+        let (element, value) = (get(at), get(at + 8));
+        match element & 7 {
+            // It would write to elements that are still to come.
+            1 if within.contains(&((element & !7) + 7)) || within.contains(&(element & !7)) => put(at, 3),
+            1 => put(at, harmless(element & !7) | 1),
+            // Refused for bits above the 52 that an address may have, or not at all.
+            5 if (value >> 52) & 0x3ff == 0 => put(at, 3),
+            _ => {}
+        }
     }
 }
 
@@ -145,6 +165,9 @@ fn one(abi: Abi, r: &mut Random) {
             a[0] = r.address();
             // Inside of the scratch pages, if it is there at all.
             a[1] = if r.below(4) == 0 { a[1] } else { r.below(65) };
+            if call == Call::UpdatePages {
+                tame(a[0], a[1]);
+            }
         }
         // Ranges in memory that the guest needs would be lost: arrays of them are made by hand.
         Call::FreePages => {
