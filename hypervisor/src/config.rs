@@ -93,9 +93,6 @@ pub enum ConfigError {
     /// A number of vCPUs that no machine has.
     #[error("a machine cannot have {0} vCPUs; give it from 1 to {MAX_CPUS} with --cpus")]
     Cpus(u32),
-    /// One vCPU is all that KVM gets.
-    #[error("the KVM engine runs one vCPU in this version; leave --cpus at 1 or use --engine bt")]
-    KvmCpus,
     /// Names for perf are of one vCPU.
     #[error("names for perf are written for one vCPU only; leave --cpus at 1 with --perf-map")]
     PerfMapCpus,

@@ -15,7 +15,7 @@ use crate::config::{ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig};
 use crate::devices::control::StopCause;
 use crate::devices::lapic;
 use crate::engine::kvm::{self, KvmError};
-use crate::engine::{self, EngineError, EngineKind, MachineInfo, Profile, Vcpu};
+use crate::engine::{self, EngineError, EngineKind, EngineVm, MachineInfo, Profile, Vcpu};
 use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
 use crate::peripherals::{self, PeripheralError};
@@ -164,13 +164,7 @@ impl Outcome {
 /// See [`VmError`].
 pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     cfg.validate()?;
-    let (kind, reason) = match engine::choose(cfg.engine, cfg.only_bt()) {
-        (EngineKind::Kvm, _) if cfg.cpus > 1 && cfg.engine == EngineKind::Auto => {
-            (EngineKind::Bt, "the KVM engine runs one vCPU in this version".to_owned())
-        }
-        (EngineKind::Kvm, _) if cfg.cpus > 1 => return Err(ConfigError::KvmCpus.into()),
-        choice => choice,
-    };
+    let (kind, reason) = engine::choose(cfg.engine, cfg.only_bt());
     if kind == EngineKind::Kvm && kvm::emulates_ring0() {
         warn("this host's KVM only emulates ring 0, so a kernel runs slowly and may fail; --engine bt is faster here");
     }
@@ -199,10 +193,11 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         windows: cfg.windows,
         hypervisor_leaves: Vec::new(),
     };
+    let vm = EngineVm::new(kind, mem.clone())?;
     let mut vcpus = Vec::new();
     for n in 0..cfg.cpus {
         info.hypervisor_leaves = chipset.hypervisor_leaves(n, tsc_khz, lapic::BUS_HZ);
-        vcpus.push(engine::make(kind, n, mem.clone(), chipset.clone(), &info)?);
+        vcpus.push(vm.vcpu(n, chipset.clone(), &info)?);
     }
     let console = Serial::open(&cfg.devices.console.as_ref().map_or(SerialConfig::Null, ConsoleConfig::to), &ending)?;
     let outputs: Vec<Output> = [output, console.output].into_iter().flatten().collect();

@@ -177,7 +177,38 @@ pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam, devices: u32) ->
     }
 }
 
-/// Makes a vCPU of the chosen engine.
+/// What the vCPUs of one machine share in an engine.
+pub struct EngineVm {
+    mem: GuestRam,
+    kvm: Option<Arc<kvm::KvmVm>>,
+}
+
+impl EngineVm {
+    /// Prepares the chosen engine for a machine with this memory.
+    ///
+    /// # Errors
+    /// When the host cannot support it.
+    pub fn new(kind: EngineKind, mem: GuestRam) -> Result<Self, EngineError> {
+        let kvm = match kind {
+            EngineKind::Bt | EngineKind::Auto => None,
+            EngineKind::Kvm => Some(kvm::KvmVm::new(mem.clone())?),
+        };
+        Ok(Self { mem, kvm })
+    }
+
+    /// Makes vCPU `id`, in its reset state.
+    ///
+    /// # Errors
+    /// When the host cannot support it.
+    pub fn vcpu(&self, id: u32, bus: Arc<dyn Bus>, info: &MachineInfo) -> Result<Box<dyn Vcpu>, EngineError> {
+        match &self.kvm {
+            None => Ok(Box::new(bt::BtEngine::new(id, self.mem.clone(), bus, info)?)),
+            Some(vm) => Ok(vm.vcpu(id, bus, info)?),
+        }
+    }
+}
+
+/// Makes the only vCPU of a machine.
 ///
 /// # Errors
 /// When the host cannot support it.
@@ -188,8 +219,5 @@ pub fn make(
     bus: Arc<dyn Bus>,
     info: &MachineInfo,
 ) -> Result<Box<dyn Vcpu>, EngineError> {
-    match kind {
-        EngineKind::Bt | EngineKind::Auto => Ok(Box::new(bt::BtEngine::new(id, mem, bus, info)?)),
-        EngineKind::Kvm => Ok(kvm::KvmVm::new(mem, info)?.vcpu(id, bus)?),
-    }
+    EngineVm::new(kind, mem)?.vcpu(id, bus, info)
 }

@@ -111,7 +111,6 @@ pub(super) struct KvmVm {
     xcrs: bool,
     /// KVM_CAP_SYNC_REGS with general and system registers.
     sync_regs: bool,
-    cpuid: CpuidPolicy,
 }
 
 impl KvmVm {
@@ -119,7 +118,7 @@ impl KvmVm {
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub(super) fn new(ram: GuestRam, info: &MachineInfo) -> Result<Arc<Self>, KvmError> {
+    pub(super) fn new(ram: GuestRam) -> Result<Arc<Self>, KvmError> {
         let kvm = Kvm::new().map_err(|e| opening(e.into()))?;
         if kvm.get_api_version() != kvm::KVM_API_VERSION as i32 {
             return Err(KvmError::Lacks("API version 12"));
@@ -137,14 +136,10 @@ impl KvmVm {
             }
         }
         let fd = kvm.create_vm().map_err(|e| KvmError::refused("a virtual machine", e))?;
-        let mut cpuid =
-            CpuidPolicy::host(&CpuidConfig { cpus: info.cpus, tsc_khz: info.tsc_khz, apic_hz: info.apic_hz })
-                .with_hypervisor_leaves(&info.hypervisor_leaves);
-        cpuid::restrict(&kvm, &mut cpuid)?;
         let xcrs = kvm.check_extension(Cap::Xcrs);
         let wanted = (kvm::KVM_SYNC_X86_REGS | kvm::KVM_SYNC_X86_SREGS) as i32;
         let sync_regs = kvm.check_extension_int(Cap::SyncRegs) & wanted == wanted;
-        let vm = Self { kvm, fd, ram, xcrs, sync_regs, cpuid };
+        let vm = Self { kvm, fd, ram, xcrs, sync_regs };
         vm.add_ram()?;
         vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(|e| KvmError::refused("an identity map", e))?;
         vm.fd.set_tss_address(TSS_ADDRESS).map_err(|e| KvmError::refused("a TSS address", e))?;
@@ -157,12 +152,20 @@ impl KvmVm {
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub(super) fn vcpu(self: &Arc<Self>, id: u32, bus: Arc<dyn Bus>) -> Result<Box<dyn Vcpu>, KvmError> {
-        Ok(Box::new(vcpu::KvmVcpu::new(self.clone(), id, bus)?))
+    pub(super) fn vcpu(
+        self: &Arc<Self>,
+        id: u32,
+        bus: Arc<dyn Bus>,
+        info: &MachineInfo,
+    ) -> Result<Box<dyn Vcpu>, KvmError> {
+        let config = CpuidConfig { cpus: info.cpus, tsc_khz: info.tsc_khz, apic_hz: info.apic_hz };
+        let mut cpuid = CpuidPolicy::host(&config).with_hypervisor_leaves(&info.hypervisor_leaves);
+        cpuid::restrict(&self.kvm, &mut cpuid)?;
+        Ok(Box::new(vcpu::KvmVcpu::new(self.clone(), id, bus, cpuid)?))
     }
 
     /// Has KVM forget all that it derived from guest memory, which somebody else may have written: with shadow paging it relies on
-    /// seeing every write to a page table. No vCPU may be running.
+    /// seeing every write to a page table. No vCPU of the machine may be running: the memory is gone for a moment.
     fn forget_memory(&self) -> Result<(), KvmError> {
         for slot in 0..self.ram.num_regions() {
             let nothing = kvm::kvm_userspace_memory_region { slot: slot as u32, ..Default::default() };

@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use kvm_bindings as kvm;
 use kvm_ioctls::VcpuFd;
+use paravane_cpu::cpuid::CpuidPolicy;
 use paravane_cpu::msr::{self, nr, shift_deadline};
-use paravane_cpu::snapshot::{Activity, StateError, VcpuSnapshot};
-use paravane_cpu::state::rflags;
-use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome, VcpuExit};
+use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
+use paravane_cpu::state::{AWAITS_STARTUP, rflags};
+use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome, Startup, VcpuExit};
 
 use super::env::KvmEnv;
 use super::report::{self, Cause, Report};
@@ -59,8 +60,8 @@ pub(super) struct KvmVcpu {
     synced: bool,
     /// The last exit's instruction must be completed before the state is whole.
     unfinished: bool,
-    /// The guest executed HLT and has not been woken.
-    halted: bool,
+    /// What the guest does while it is let go, as [`CpuState::halted`] has it.
+    halted: u8,
     emulating: bool,
     /// The state could not be fetched when somebody asked for it, which the next run reports.
     broken: Option<KvmError>,
@@ -75,9 +76,9 @@ enum Next {
 
 impl KvmVcpu {
     /// A vCPU in its reset state.
-    pub(super) fn new(vm: Arc<KvmVm>, id: u32, bus: Arc<dyn Bus>) -> Result<Self, KvmError> {
+    pub(super) fn new(vm: Arc<KvmVm>, id: u32, bus: Arc<dyn Bus>, policy: CpuidPolicy) -> Result<Self, KvmError> {
         let fd = vm.fd.create_vcpu(id.into()).map_err(|e| KvmError::refused("a vCPU", e))?;
-        fd.set_cpuid2(&cpuid::table(&vm.cpuid, id)?).map_err(|e| KvmError::refused("KVM_SET_CPUID2", e))?;
+        fd.set_cpuid2(&cpuid::table(&policy, id)?).map_err(|e| KvmError::refused("KVM_SET_CPUID2", e))?;
         let run = RunPage::new(fd.as_raw_fd(), vm.fd.run_size()).map_err(KvmError::Host)?;
         let shape = Shape { msrs: MsrMap::probe(&fd), xcrs: vm.xcrs && fd.get_xcrs().is_ok_and(|x| x.nr_xcrs > 0) };
         Ok(Self {
@@ -85,7 +86,7 @@ impl KvmVcpu {
             fd,
             run,
             vm: vm.clone(),
-            env: KvmEnv { id, ram: vm.ram.clone(), bus, cpuid: vm.cpuid.clone(), stopping: false },
+            env: KvmEnv { id, ram: vm.ram.clone(), bus, cpuid: policy, stopping: false },
             shape,
             st: Box::new(CpuState::reset(id)),
             events: kvm::kvm_vcpu_events::default(),
@@ -93,7 +94,7 @@ impl KvmVcpu {
             replaced: true,
             synced: false,
             unfinished: false,
-            halted: false,
+            halted: 0,
             emulating: super::emulates_ring0(),
             broken: None,
             stats: Stats::default(),
@@ -125,7 +126,7 @@ impl KvmVcpu {
             self.finish()?;
             self.stats.transfers += 1;
             self.events = state::read(&self.fd, &self.shape, &mut self.st)?;
-            self.st.halted = self.halted.into();
+            self.st.halted = self.halted;
         }
         Ok(())
     }
@@ -135,7 +136,7 @@ impl KvmVcpu {
         if self.newest == Newest::Here {
             self.stats.transfers += 1;
             state::write(&self.fd, &self.shape, &self.st, &self.events)?;
-            self.halted = self.st.halted != 0;
+            self.halted = self.st.halted;
             self.newest = Newest::Kernel;
             self.replaced = true;
         }
@@ -152,8 +153,14 @@ impl KvmVcpu {
             if std::mem::take(&mut self.env.stopping) || self.env.bus.stopping() {
                 return Ok(VcpuExit::Stopped);
             }
+            if let Some(message) = self.env.bus.take_startup(self.id) {
+                self.start_up(message)?;
+            }
             self.put()?;
-            if self.halted && !self.wakes() {
+            if self.halted == AWAITS_STARTUP {
+                return Ok(VcpuExit::AwaitsStartup);
+            }
+            if self.halted != 0 && !self.wakes() {
                 self.stats.halts += 1;
                 return Ok(VcpuExit::Halt);
             }
@@ -179,8 +186,26 @@ impl KvmVcpu {
         if pending && flags & rflags::IF == 0 {
             std::thread::sleep(Duration::from_millis(5));
         }
-        self.halted = !(pending && flags & rflags::IF != 0 || self.take_nmi() || self.env.bus.wakes(self.id));
-        !self.halted
+        let wakes = pending && flags & rflags::IF != 0 || self.take_nmi() || self.env.bus.wakes(self.id);
+        self.halted = u8::from(!wakes);
+        wakes
+    }
+
+    /// INIT or a start-up message has come. What was in flight is dropped with INIT (SDM vol. 3, table 10-1).
+    fn start_up(&mut self, message: Startup) -> Result<(), KvmError> {
+        if matches!(message, Startup::Sipi(_)) && self.halted != AWAITS_STARTUP {
+            return Ok(()); // it runs already
+        }
+        self.fetch()?;
+        match message {
+            Startup::Init => {
+                self.st.init();
+                self.events = kvm::kvm_vcpu_events::default();
+            }
+            Startup::Sipi(vector) => self.st.start_up(vector),
+        }
+        self.newest = Newest::Here;
+        Ok(())
     }
 
     fn take_nmi(&mut self) -> bool {
@@ -217,7 +242,7 @@ impl KvmVcpu {
             Exit::Io(io) => self.port(&io)?,
             Exit::Mmio { gpa, len, write, data } => self.mmio(gpa, len, write, data),
             Exit::Msr { index, reason, write, data } => self.msr(index, reason, write, data)?,
-            Exit::Halt => self.halted = true,
+            Exit::Halt => self.halted = 1,
             Exit::Shutdown => return Ok(Next::Leave(VcpuExit::TripleFault)),
             Exit::SystemEvent(kvm::KVM_SYSTEM_EVENT_CRASH | kvm::KVM_SYSTEM_EVENT_RESET) => {
                 return Ok(Next::Leave(VcpuExit::TripleFault));
@@ -317,7 +342,7 @@ impl KvmVcpu {
             HypercallOutcome::Done | HypercallOutcome::Resync => {}
             HypercallOutcome::Halt => {
                 self.finish()?;
-                self.halted = true;
+                self.halted = 1;
             }
             HypercallOutcome::Stopping => self.env.stopping = true,
         }
@@ -331,11 +356,6 @@ impl KvmVcpu {
             return Err(StateError::Invalid(what).into());
         }
         let state = s.restore(&self.env.cpuid)?;
-        if s.activity == Activity::WaitForSipi {
-            return Err(
-                StateError::Unsupported("this version runs no vCPUs on KVM that wait for a start-up message").into()
-            );
-        }
         self.fetch()?;
         self.vm.forget_memory()?;
         let before = (
