@@ -2,7 +2,7 @@
 
 use crate::model::{Host, Plan, Report, SCHEMA, Side, Suite};
 use crate::progress::{Bar, Progress};
-use crate::{Failure, Result, linux, micro, surroundings, table};
+use crate::{Failure, Result, compare, html, linux, micro, surroundings, table};
 use clap::{Args, Subcommand, ValueEnum};
 use std::collections::BTreeMap;
 use std::fs;
@@ -63,7 +63,35 @@ pub struct Bench {
 }
 
 #[derive(Subcommand)]
-enum Other {}
+enum Other {
+    /// Set two reports side by side: what is faster, what slower, which exact counters differ
+    #[command(after_help = COMPARE_HELP)]
+    Compare {
+        /// The report to compare with
+        #[arg(value_name = "A.json")]
+        first: PathBuf,
+        /// The report to judge
+        #[arg(value_name = "B.json")]
+        second: PathBuf,
+    },
+    /// Print a report's tables again, and write its page
+    Show {
+        /// The report
+        #[arg(value_name = "REPORT.json")]
+        report: PathBuf,
+        /// Write the page
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+    },
+}
+
+const COMPARE_HELP: &str = "\
+Figures are the same when their medians are closer than 5 %, or closer than what the rounds of both reports scatter.
+
+Exit status:
+  0    nothing is slower and all exact counters are equal
+  1    something is slower or an exact counter differs
+  2    a report cannot be read, or the two have no figure in common";
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum SuiteArg {
@@ -110,7 +138,12 @@ impl Bench {
     pub fn run(&self, host: impl FnOnce() -> Host) -> Result<u8> {
         match &self.command {
             None => self.measure(host()),
-            Some(other) => match *other {},
+            Some(Other::Compare { first, second }) => compare(first, second),
+            Some(Other::Show { report, html }) => {
+                let report = read(report)?;
+                print(&table::text(&report));
+                html.as_ref().map_or(Ok(0), |file| write(file, &html::page(&report)).map(|()| 0))
+            }
         }
     }
 
@@ -135,12 +168,13 @@ impl Bench {
         }
         rows.sort_by_key(|row| row.group);
         let report = Report { schema: SCHEMA, host, plan, seconds: start.elapsed().as_secs_f64(), rows };
-        // A closed standard output leaves nobody to read it.
-        let _ = std::io::stdout().write_all(table::text(&report).as_bytes());
+        print(&table::text(&report));
         if let Some(file) = json {
             write(&file, &to_json(&report))?;
         }
-        let _ = html;
+        if let Some(file) = html {
+            write(&file, &html::page(&report))?;
+        }
         Ok(0)
     }
 
@@ -204,6 +238,40 @@ fn absent(sides: &[Side], host: &Host) -> BTreeMap<Side, String> {
         _ => None,
     };
     sides.iter().filter_map(|side| Some((*side, reason(side)?))).collect()
+}
+
+/// Prints what two reports say about each other.
+fn compare(first: &Path, second: &Path) -> Result<u8> {
+    let (a, b) = (read(first)?, read(second)?);
+    let of = |report: &Report| {
+        let host = &report.host;
+        let commit = host.commit.as_deref().map_or("unknown commit", |commit| commit.get(..12).unwrap_or(commit));
+        let quick = if report.plan.quick { ", quick" } else { "" };
+        format!("{}, Paravane {} ({commit}), {}{quick}", host.date, host.paravane, host.cpu)
+    };
+    let comparison = compare::compare(&a, &b);
+    print(&format!("first:  {}\nsecond: {}\n\n{}", of(&a), of(&b), comparison.text()));
+    if comparison.figures.is_empty() {
+        return Ok(2);
+    }
+    Ok(u8::from(!comparison.good()))
+}
+
+/// Reads a report.
+fn read(file: &Path) -> Result<Report> {
+    let text = fs::read_to_string(file).map_err(|e| Failure::usage(format!("cannot read {}: {e}", file.display())))?;
+    let report: Report = serde_json::from_str(&text)
+        .map_err(|e| Failure::usage(format!("{} is no report of \"paravane bench\": {e}", file.display())))?;
+    if report.schema == SCHEMA {
+        return Ok(report);
+    }
+    let (name, schema) = (file.display(), report.schema);
+    Err(Failure::usage(format!("{name} has the form {schema}, and this program reads {SCHEMA}; measure again")))
+}
+
+/// Prints to standard output; when that is closed, nobody is left to read it.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 fn to_json(report: &Report) -> String {

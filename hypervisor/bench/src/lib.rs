@@ -5,11 +5,14 @@
 //! and QEMU's emulator where there is one. Sides alternate within each round, so that the drift of a shared machine meets
 //! all of them; a figure is the median of the rounds.
 //!
-//! The report goes to the terminal ([`table`]), to a JSON file and to one HTML page. [`cli`] is the command line.
+//! The report goes to the terminal ([`table`]), to a JSON file and to one page for a browser ([`html`]); [`compare`] sets two
+//! of them side by side. [`cli`] is the command line.
 //! The binary passes in what it knows about the host, because this crate stands below it.
 
 pub mod child;
 pub mod cli;
+pub mod compare;
+pub mod html;
 pub mod linux;
 pub mod micro;
 pub mod model;
@@ -17,6 +20,8 @@ pub mod progress;
 pub mod table;
 
 mod surroundings;
+#[cfg(test)]
+mod testing;
 
 use std::fmt;
 

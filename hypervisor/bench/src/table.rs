@@ -87,7 +87,7 @@ fn of_group(out: &mut String, group: Group, rows: &[&Row], sides: &[Side]) {
         }
         cells.push(line);
     }
-    align(out, &cells);
+    out.push_str(&aligned(&cells, &[0]));
     for (reason, whose) in reasons {
         let whose = if whose.len() > 3 {
             format!("{} and {} more", whose[..2].join(", "), whose.len() - 2)
@@ -111,18 +111,66 @@ fn of_cell(row: &Row, side: Side, measured: &Measured) -> String {
     text
 }
 
-/// Columns as wide as their widest cell, the first flush left.
-fn align(out: &mut String, lines: &[Vec<String>]) {
+/// Columns as wide as their widest cell, those in `left` flush left, and a line below the first line, which is the head.
+pub(crate) fn aligned(lines: &[Vec<String>], left: &[usize]) -> String {
+    let mut out = String::new();
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max();
     let widths: Vec<_> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
     for (number, line) in lines.iter().enumerate() {
+        let mut text = String::new();
         for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
-            let _ = if column == 0 { write!(out, "{cell:<width$}") } else { write!(out, "  {cell:>width$}") };
+            let gap = if column == 0 { "" } else { "  " };
+            let _ = match left.contains(&column) {
+                true => write!(text, "{gap}{cell:<width$}"),
+                false => write!(text, "{gap}{cell:>width$}"),
+            };
         }
-        out.push('\n');
+        let _ = writeln!(out, "{}", text.trim_end());
         if number == 0 {
-            let _ = writeln!(out, "{}", "-".repeat(widths.iter().sum::<usize>() + 2 * (columns - 1)));
+            let _ = writeln!(out, "{}", "-".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)));
         }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn figures_have_three_digits_and_a_unit_that_suits() {
+        let ns = |value| figure(value, Unit::Nanoseconds);
+        assert_eq!(
+            [0.871, 24.25, 999.4, 999.6, 51_600.0].map(ns),
+            ["0.87 ns", "24.2 ns", "999 ns", "1.00 µs", "51.6 µs"]
+        );
+        assert_eq!([0.0612, 1.9, 612.0].map(|s| figure(s, Unit::Seconds)), ["61.2 ms", "1.90 s", "612 s"]);
+        assert_eq!(figure(1350.4, Unit::MegabytesPerSecond), "1350 MB/s");
+        assert_eq!([0.0001, 1.0, 1.02, 4096.0, 12.34].map(count), ["0", "1", "1.02", "4096", "12.3"]);
+        assert_eq!([0.0312, 0.3, 3.139, 12.34, 512.3].map(factor), ["0.031x", "0.30x", "3.14x", "12.3x", "512x"]);
+    }
+
+    #[test]
+    fn costs_are_more_than_one_where_a_side_is_worse() {
+        let report = testing::report();
+        let row = |id: &str| report.rows.iter().find(|row| row.id == id).expect(id);
+        assert!((cost(row("disk-read"), Side::BtPv).expect("both") - 4100.0 / 1350.0).abs() < 1e-9, "throughput");
+        assert!((cost(row("call-ret"), Side::TcgStock).expect("both") - 9.1 / 0.87).abs() < 1e-9, "time");
+        assert_eq!(cost(row("in"), Side::BtStock), None, "no host");
+    }
+
+    #[test]
+    fn the_table_has_every_row_once_and_every_reason() {
+        let report = testing::report();
+        let text = text(&report);
+        for row in &report.rows {
+            assert_eq!(text.lines().filter(|line| line.starts_with(&row.title)).count(), 1, "{}: {text}", row.id);
+        }
+        let line = text.lines().find(|line| line.starts_with("IN from")).expect("the row");
+        assert!(line.contains("702 ns") && line.contains("1e") && line.contains("~1.02e"), "{line}");
+        assert!(text.contains("in on host: a process may not execute IN"), "{text}");
+        assert!(text.contains("= bt-stock"), "{text}");
     }
 }
