@@ -33,6 +33,7 @@ macro_rules! guest {
     };
 }
 
+mod drift;
 mod guest;
 
 use guest::*;
@@ -692,82 +693,6 @@ fn probe_all(policy: Windows, base: u64) {
         }
     }
     assert_eq!(SECRET.load(Ordering::SeqCst), 0x5ec2_e75e_c2e7_5ec2, "the guest wrote the host's memory");
-}
-
-// Moves RSP R9 times, then uses it.
-macro_rules! drifts {
-    ($($name:ident: $step:literal, [$($line:literal),+];)+) => {
-        $(guest!(
-            $name,
-            "mov r14, rsp; mov rbx, r15; lea rdx, [rip + 3f]; push rax; pop rax",
-            "2:",
-            $($line),+,
-            "dec r9; jnz 2b; pop rbx",
-            "3: mov rsp, r14; xor eax, eax; syscall",
-        );)+
-        /// All of them: name, code, and what each turn adds.
-        fn drifts() -> Vec<(&'static str, &'static [u8], i64)> {
-            vec![$((stringify!($name), $name::code(), $step)),+]
-        }
-    };
-}
-drifts! {
-    drift_down: -0x10_0000, ["sub rsp, 0x100000"];
-    drift_up: 0x10_0000, ["lea rsp, [rsp + 0x100000]"];
-    drift_far: 0x7fff_fff8, ["add rsp, 0x7ffffff8"];
-    drift_copied: -0x7fff_fff8, ["mov rbp, rsp; sub rbp, 0x7ffffff8; mov rsp, rbp"];
-    drift_frame: 0x7fff_fff8, ["lea rbp, [rsp + 0x7ffffff8]; lea rsp, [rbp]"];
-    drift_between: -0x10_0000, ["sub rsp, 0x80000; mov rax, [r13]; sub rsp, 0x80000; nop dword ptr [rsp]; prefetcht0 [rsp]"];
-    drift_other_window: 0x10_0000, ["add rsp, 0x100000; mov rax, [r13]; xchg r13, r12; jmp 4f; nop; 4:"];
-    drift_left: 0x7fff_fff8, ["mov rbp, rsp; push rax; mov rcx, [rsp]; pop rcx; mov rsp, rbp; add rsp, 0x7ffffff8"];
-    drift_low_half: 0x10_0000, ["mov rax, rsp; add eax, 0x100000; mov rcx, rsp; shr rcx, 32; shl rcx, 32; add rax, rcx; mov rsp, rax"];
-}
-
-/// The stack pointer is checked where it changes: a loop that moves it ever further without using it must not carry it beyond what is
-/// reserved around the window.
-#[test]
-fn a_stack_pointer_that_drifts_reaches_nothing_of_the_host() {
-    let everywhere = [(Windows::Off, LOW), (Windows::Always, LOW), (Windows::Off, HIGH), (Windows::Always, HIGH)];
-    for ((policy, base), (name, code, step)) in
-        everywhere.into_iter().flat_map(|w| drifts().into_iter().map(move |d| (w, d)))
-    {
-        let mut g = Guest::new(policy, base, code);
-        for (n, la) in [LOW + DATA, HIGH + DATA].into_iter().enumerate() {
-            g.map(la, OTHER_RAM + n as u64 * 0x1000);
-        }
-        let ram = g.ram.clone();
-        g.set_hook(move |e| {
-            if let Event::Fault(f) = e {
-                ram.put(Fault::RIP, f.rdx);
-            }
-        });
-        // Where nothing is; next to the stack; beyond the windows on both sides, and all the way round.
-        let span = (1 << 46) / step.unsigned_abs();
-        let mut counts = vec![3, 40, 1000];
-        if step.unsigned_abs() > 1 << 30 {
-            counts.extend((1..24).map(|n| span * n / 8 + 5));
-        } else if policy == Windows::Always || base == HIGH {
-            // A hundred million turns: once there is enough.
-            counts.push(span / 2 + 2000);
-        }
-        if matches!(name, "drift_left" | "drift_low_half") {
-            // Faults on its way, or never gets far.
-            counts.truncate(1);
-        }
-        for count in counts {
-            // The first turn of one uses the stack where it is not.
-            let turns = if name == "drift_left" { 1 } else { count };
-            let registers = [(Reg::R9, turns), (Reg::R13, LOW + DATA), (Reg::R12, HIGH + DATA), (Reg::R15, POISON)];
-            let la = (base + STACK).wrapping_add((step as u64).wrapping_mul(turns));
-            let gpr = g.run(&registers);
-            let faults = g.faults();
-            assert_eq!(faults.len(), 1, "{name} {count}: {faults:x?}");
-            let f = &faults[0];
-            assert_eq!((f.vector, f.error), fault_at(la, false, true), "{name} {count} {la:#x}: {f:x?}");
-            assert!(f.vector != PAGE_FAULT || f.cr2 == la, "{name} {count} {la:#x}: {f:x?}");
-            assert_eq!(gpr[Reg::Rbx as usize], POISON, "{name} {count} found something");
-        }
-    }
 }
 
 /// Accesses outside what the guest maps fault as on hardware, and never reach the host's memory.
