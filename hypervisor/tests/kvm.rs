@@ -117,9 +117,10 @@ fn device_memory_the_local_apic_and_msrs() {
     assert_eq!((m.answer(2), m.answer(3)), (5, 0x90), "CR8 and the task priority register are one");
     assert_eq!(m.answer(4), 0xfee0_0900);
     let (moved, back) = (m.answer(5), m.answer(6));
-    // An RDTSC that runs natively sees no offset where the hardware has none.
+    // RDTSC sees no offset where the hardware has none, and the machine knows.
     let ahead = moved.wrapping_sub(back);
-    assert!(matches!(ahead, 0xfff | 0x1000) || (kvm::emulates_ring0() && ahead == 0), "{ahead:#x}");
+    let native = !kvm::emulates_ring0();
+    assert!(if native { matches!(ahead, 0xfff | 0x1000) } else { ahead <= 1 }, "{ahead:#x}");
     let st = m.vcpu.state_mut();
     assert_eq!((st.tsc_offset, st.tsc_adjust), (0, 0));
 }

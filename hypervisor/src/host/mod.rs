@@ -40,6 +40,11 @@ pub fn choose(s: &Sources, cache: &Cache) -> Choice {
     decide(&kvm, &features, &needs).choice
 }
 
+/// What is behind this host's KVM, measured as [`choose`] measures it.
+pub fn kvm_kind(s: &Sources, cache: &Cache) -> report::KvmKind {
+    look_at_kvm(s, cache, &features::find(&*s.cpuid), Freshness::Cached).kind
+}
+
 /// Everything about this host. Measures anew, and renews the cache.
 pub fn examine(s: &Sources, cache: &Cache) -> Report {
     let features = features::find(&*s.cpuid);

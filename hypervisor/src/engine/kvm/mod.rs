@@ -31,7 +31,7 @@ mod vcpu;
 use std::fmt::Display;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings as kvm;
 use kvm_ioctls::{
@@ -39,12 +39,15 @@ use kvm_ioctls::{
 };
 use paravane_cpu::Bus;
 use paravane_cpu::cpuid::{CpuidConfig, CpuidPolicy};
-use paravane_cpu::host_fpu::host_cpuid;
 use paravane_cpu::msr::nr;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Doorbells, MachineInfo, Place, Vcpu};
+use crate::host;
+use crate::host::cache::Cache;
+use crate::host::report::KvmKind;
+use crate::host::sources::Sources;
 use crate::memory::GuestRam;
 
 pub use report::{Cause, Report};
@@ -95,11 +98,10 @@ impl KvmError {
     }
 }
 
-/// Whether this host's KVM, if there is one, can only emulate ring 0: the CPU offers neither VMX nor SVM.
+/// Whether this host's KVM, if there is one, can only emulate ring 0: as measured, see [`host::kvm_kind`]. Only the first call takes time.
 pub fn emulates_ring0() -> bool {
-    let vmx = host_cpuid(1, 0)[2] >> 5 & 1 != 0;
-    let svm = host_cpuid(0x8000_0000, 0)[0] > 0x8000_0000 && host_cpuid(0x8000_0001, 0)[2] >> 2 & 1 != 0;
-    !vmx && !svm
+    static KIND: OnceLock<KvmKind> = OnceLock::new();
+    *KIND.get_or_init(|| host::kvm_kind(&Sources::host(), &Cache::user())) == KvmKind::Emulating
 }
 
 /// A virtual machine of KVM's, with the guest's RAM in it.
@@ -109,6 +111,8 @@ pub(super) struct KvmVm {
     ram: GuestRam,
     /// KVM_CAP_XCRS.
     xcrs: bool,
+    /// It only emulates ring 0.
+    emulating: bool,
     /// KVM_CAP_SYNC_REGS with general and system registers.
     sync_regs: bool,
 }
@@ -139,7 +143,7 @@ impl KvmVm {
         let xcrs = kvm.check_extension(Cap::Xcrs);
         let wanted = (kvm::KVM_SYNC_X86_REGS | kvm::KVM_SYNC_X86_SREGS) as i32;
         let sync_regs = kvm.check_extension_int(Cap::SyncRegs) & wanted == wanted;
-        let vm = Self { kvm, fd, ram, xcrs, sync_regs };
+        let vm = Self { kvm, fd, ram, xcrs, emulating: emulates_ring0(), sync_regs };
         vm.add_ram()?;
         vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(|e| KvmError::refused("an identity map", e))?;
         vm.fd.set_tss_address(TSS_ADDRESS).map_err(|e| KvmError::refused("a TSS address", e))?;

@@ -287,6 +287,8 @@ impl MsrMap {
 #[derive(Clone)]
 pub(super) struct Shape {
     pub(super) msrs: MsrMap,
+    /// RDTSC sees the vCPU's TSC offset. A KVM that only emulates ring 0 has none for what runs natively.
+    pub(super) tsc: bool,
     /// KVM_CAP_XCRS and an XCR0 beyond x87.
     pub(super) xcrs: bool,
 }
@@ -406,7 +408,7 @@ pub(super) fn write(
     unsafe { vcpu.set_xsave(&xsave_of(st)) }.map_err(failed("FPU state"))?;
     shape.msrs.write(vcpu, st)?;
     let mut offset = st.tsc_offset;
-    if !tsc_offset(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &mut offset) {
+    if (offset != 0 && !shape.tsc) || !tsc_offset(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &mut offset) {
         return Err(KvmError::Transfer("TSC offset"));
     }
     vcpu.set_vcpu_events(&events_of(st, pending)).map_err(failed("events"))?;

@@ -62,7 +62,6 @@ pub(super) struct KvmVcpu {
     unfinished: bool,
     /// What the guest does while it is let go, as [`CpuState::halted`] has it.
     halted: u8,
-    emulating: bool,
     /// The state could not be fetched when somebody asked for it, which the next run reports.
     broken: Option<KvmError>,
     stats: Stats,
@@ -80,7 +79,11 @@ impl KvmVcpu {
         let fd = vm.fd.create_vcpu(id.into()).map_err(|e| KvmError::refused("a vCPU", e))?;
         fd.set_cpuid2(&cpuid::table(&policy, id)?).map_err(|e| KvmError::refused("KVM_SET_CPUID2", e))?;
         let run = RunPage::new(fd.as_raw_fd(), vm.fd.run_size()).map_err(KvmError::Host)?;
-        let shape = Shape { msrs: MsrMap::probe(&fd), xcrs: vm.xcrs && fd.get_xcrs().is_ok_and(|x| x.nr_xcrs > 0) };
+        let shape = Shape {
+            tsc: !vm.emulating,
+            msrs: MsrMap::probe(&fd),
+            xcrs: vm.xcrs && fd.get_xcrs().is_ok_and(|x| x.nr_xcrs > 0),
+        };
         Ok(Self {
             id,
             fd,
@@ -95,7 +98,6 @@ impl KvmVcpu {
             synced: false,
             unfinished: false,
             halted: 0,
-            emulating: super::emulates_ring0(),
             broken: None,
             stats: Stats::default(),
         })
@@ -306,6 +308,11 @@ impl KvmVcpu {
             msr::read(&self.st, &self.env, index).ok()
         };
         if write && value.is_some() && matches!(index, nr::TSC | nr::TSC_ADJUST) {
+            if !self.shape.tsc {
+                // RDTSC goes on as before, and so must all that is derived from it.
+                self.st.tsc_offset = 0;
+                self.env.bus.tsc_moved(self.id, 0);
+            }
             state::move_tsc(&self.fd, &self.st)?;
         }
         self.run.answer_msr(value);
@@ -387,7 +394,7 @@ impl KvmVcpu {
         }
         let memory = report::code_at_rip(&self.st, &mut self.env);
         let code = if memory.is_empty() { code.to_vec() } else { memory };
-        KvmError::GaveUp(Box::new(Report { cause, emulating: self.emulating, code, state: self.st.clone() }))
+        KvmError::GaveUp(Box::new(Report { cause, emulating: self.vm.emulating, code, state: self.st.clone() }))
     }
 }
 
