@@ -36,99 +36,127 @@ pub(crate) fn build_bench() -> Result<PathBuf> {
     Ok(target.join(TARGET).join("release/bench"))
 }
 
-/// The programs' packages, then those of their libraries. The list is complete: dependencies are not resolved, so that
-/// the set stays the same when a package's dependencies change, and a missing library is an error on the host already.
-const PACKAGES: [&str; 29] = [
-    "perl-base",
-    "python3.11-minimal",
-    "libpython3.11-minimal",
-    "xz-utils",
-    "gzip",
-    "zstd",
-    "openssl",
-    "sqlite3",
-    "cpp-12",
-    "libc6",
-    "libcrypt1",
-    "libexpat1",
-    "libgcc-s1",
-    "libgmp10",
-    "libisl23",
-    "liblz4-1",
-    "liblzma5",
-    "libmpc3",
-    "libmpfr6",
-    "libreadline8",
-    "libsqlite3-0",
-    "libssl3",
-    "libstdc++6",
-    "libtinfo6",
-    "libzstd1",
-    "zlib1g",
-    "gcc-12-base",
-    "readline-common",
-    "busybox-static",
-];
+/// A set of programs from Debian packages, unpacked below target/guests and never installed.
+pub(crate) struct Set {
+    /// The folder's name there.
+    pub(crate) folder: &'static str,
+    /// The programs' packages, then those of their libraries. The list is complete: dependencies are not resolved, so that
+    /// the set stays the same when a package's dependencies change, and a missing library is an error at the first start.
+    pub(crate) packages: &'static [&'static str],
+    /// What the programs need of the unpacked packages, by the start of the path. The rest, such as documentation, character
+    /// sets and the compiler's driver, would only make the image larger.
+    pub(crate) needed: &'static [&'static str],
+}
+
+/// The benchmark's programs.
+const PROGRAMS: Set = Set {
+    folder: "compute-root",
+    packages: &[
+        "perl-base",
+        "python3.11-minimal",
+        "libpython3.11-minimal",
+        "xz-utils",
+        "gzip",
+        "zstd",
+        "openssl",
+        "sqlite3",
+        "cpp-12",
+        "libc6",
+        "libcrypt1",
+        "libexpat1",
+        "libgcc-s1",
+        "libgmp10",
+        "libisl23",
+        "liblz4-1",
+        "liblzma5",
+        "libmpc3",
+        "libmpfr6",
+        "libreadline8",
+        "libsqlite3-0",
+        "libssl3",
+        "libstdc++6",
+        "libtinfo6",
+        "libzstd1",
+        "zlib1g",
+        "gcc-12-base",
+        "readline-common",
+        "busybox-static",
+    ],
+    needed: &[
+        "bin/busybox",
+        "bin/gzip",
+        "lib/x86_64-linux-gnu/",
+        "usr/bin/",
+        "usr/lib/gcc/x86_64-linux-gnu/12/cc1",
+        "usr/lib/python3.11/",
+        "usr/lib/x86_64-linux-gnu/perl-base/",
+        "usr/lib/x86_64-linux-gnu/lib",
+    ],
+};
 
 /// The release that the packages come from; the guests' kernel is of the same.
 const SUITE: &str = "bookworm";
 
-/// What the programs need of the unpacked packages, by the start of the path. The rest, such as documentation, character
-/// sets and the compiler's driver, would only make the image larger.
-const NEEDED: [&str; 8] = [
-    "bin/busybox",
-    "bin/gzip",
-    "lib/x86_64-linux-gnu/",
-    "usr/bin/",
-    "usr/lib/gcc/x86_64-linux-gnu/12/cc1",
-    "usr/lib/python3.11/",
-    "usr/lib/x86_64-linux-gnu/perl-base/",
-    "usr/lib/x86_64-linux-gnu/lib",
-];
-
-/// Where the unpacked programs are in the cache.
-pub(crate) fn root() -> PathBuf {
-    host::guests_dir().join("compute-root")
-}
-
-/// Fetches and unpacks the programs, unless they are there.
+/// Fetches the benchmark's programs, unless they are there.
 ///
 /// # Errors
-/// A tool, the mirror or the network is missing.
+/// See [`Set::fetch`].
 pub(crate) fn fetch() -> Result<()> {
-    let stamp = root().join("VERSION");
-    // The first line says what the folder was made from; another list of packages makes another folder.
-    let made_from = format!("{SUITE}: {} / {}", PACKAGES.join(" "), NEEDED.join(" "));
-    if fs::read_to_string(&stamp).is_ok_and(|text| text.lines().next() == Some(made_from.as_str())) {
-        return Ok(());
+    PROGRAMS.fetch()
+}
+
+/// Where the benchmark's unpacked programs are in the cache.
+pub(crate) fn root() -> PathBuf {
+    PROGRAMS.root()
+}
+
+impl Set {
+    /// Where the unpacked programs are in the cache.
+    pub(crate) fn root(&self) -> PathBuf {
+        host::guests_dir().join(self.folder)
     }
-    host::need_tool("dpkg-deb", "dpkg", "unpack Debian packages")?;
-    eprintln!("fetching Debian packages for the benchmark (once)");
-    let work = Unfinished::new()?;
-    let apt = Apt::new(work.0.join("apt"), &[SUITE])?;
-    let (everything, ready) = (work.0.join("everything"), work.0.join("root"));
-    for folder in [&everything, &ready] {
-        fs::create_dir_all(folder).doing("cannot create a folder under target/guests")?;
-    }
-    let mut versions = format!("{made_from}\n");
-    for name in PACKAGES {
-        let package = apt.newest(&format!("{name}:amd64"), "").or_else(|_| apt.newest(name, ""))?;
-        let file = apt.download(&package, &work.0.join("packages"))?;
-        host::output(Command::new("dpkg-deb").arg("-x").arg(file).arg(&everything))?;
-        versions.push_str(&format!("{} {}\n", package.name, package.version));
-    }
-    for (name, kind) in entries(&everything)? {
-        if kind != Kind::Folder && NEEDED.iter().any(|start| name.starts_with(start)) {
-            let to = ready.join(&name);
-            fs::create_dir_all(to.parent().unwrap_or(&ready)).doing("cannot create a folder under target/guests")?;
-            fs::rename(everything.join(&name), to).doing(format!("cannot move {name}"))?;
+
+    /// Fetches and unpacks the programs, unless they are there.
+    ///
+    /// # Errors
+    /// A tool, the mirror or the network is missing.
+    pub(crate) fn fetch(&self) -> Result<()> {
+        let stamp = self.root().join("VERSION");
+        // The first line says what the folder was made from; another list of packages makes another folder.
+        let made_from = format!("{SUITE}: {} / {}", self.packages.join(" "), self.needed.join(" "));
+        if fs::read_to_string(&stamp).is_ok_and(|text| text.lines().next() == Some(made_from.as_str())) {
+            return Ok(());
         }
+        host::need_tool("dpkg-deb", "dpkg", "unpack Debian packages")?;
+        eprintln!("fetching Debian packages for {} (once)", self.folder);
+        let work = Unfinished::new()?;
+        let apt = Apt::new(work.0.join("apt"), &[SUITE])?;
+        let (everything, ready) = (work.0.join("everything"), work.0.join("root"));
+        for folder in [&everything, &ready] {
+            fs::create_dir_all(folder).doing("cannot create a folder under target/guests")?;
+        }
+        let mut versions = format!("{made_from}\n");
+        for name in self.packages {
+            let package = apt.newest(&format!("{name}:amd64"), "").or_else(|_| apt.newest(name, ""))?;
+            let file = apt.download(&package, &work.0.join("packages"))?;
+            host::output(Command::new("dpkg-deb").arg("-x").arg(file).arg(&everything))?;
+            versions.push_str(&format!("{} {}\n", package.name, package.version));
+        }
+        for (name, kind) in entries(&everything)? {
+            if kind != Kind::Folder && self.needed.iter().any(|start| name.starts_with(start)) {
+                let to = ready.join(&name);
+                fs::create_dir_all(to.parent().unwrap_or(&ready))
+                    .doing("cannot create a folder under target/guests")?;
+                fs::rename(everything.join(&name), to).doing(format!("cannot move {name}"))?;
+            }
+        }
+        fs::write(ready.join("VERSION"), versions).doing("cannot write VERSION")?;
+        if self.root().exists() {
+            fs::rename(self.root(), work.0.join("old"))
+                .doing(format!("cannot replace target/guests/{}", self.folder))?;
+        }
+        fs::rename(&ready, self.root()).doing(format!("cannot move {} into target/guests", self.folder))
     }
-    fs::write(ready.join("VERSION"), versions).doing("cannot write VERSION")?;
-    if root().exists() {
-        fs::rename(root(), work.0.join("old")).doing("cannot replace target/guests/compute-root")?;
-    }
-    fs::rename(&ready, root()).doing("cannot move compute-root into target/guests")
 }
 
 /// A folder for unfinished things. Its name is of the form that task_guests removes after an interrupted run.
@@ -180,11 +208,14 @@ fn entries(top: &Path) -> Result<Vec<(String, Kind)>> {
     Ok(found)
 }
 
-/// Adds everything below `from` to an archive as the folder `to`.
-fn pack(archive: &mut Archive, from: &Path, to: &str) -> Result<()> {
-    archive.folder(to);
+/// Adds everything below `from` to an archive as the folder `to`, or at its top if that is empty.
+pub(crate) fn pack(archive: &mut Archive, from: &Path, to: &str) -> Result<()> {
+    if !to.is_empty() {
+        archive.folder(to);
+    }
     for (name, kind) in entries(from)? {
-        let (path, place) = (from.join(&name), format!("{to}/{name}"));
+        let place = if to.is_empty() { name.clone() } else { format!("{to}/{name}") };
+        let path = from.join(&name);
         let failed = || format!("cannot read {}", path.display());
         match kind {
             Kind::Folder => archive.folder(&place),

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -116,6 +117,40 @@ pub(crate) fn build_paravane() -> Result<PathBuf> {
     run(cargo().args(["build", "--release", "--package", "paravane", "--bin", "paravane"]))?;
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repo().join("target"), |dir| repo().join(dir));
     Ok(target.join("release/paravane"))
+}
+
+/// The given paravane program, or else a fresh build.
+pub(crate) fn paravane(given: Option<&Path>) -> Result<PathBuf> {
+    match given {
+        Some(program) => fs::canonicalize(program).doing(format!("cannot find {}", program.display())),
+        None => build_paravane(),
+    }
+}
+
+/// A file under target/guests for as long as this process needs it.
+pub(crate) struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Writes it; the name gets this process's number in front.
+    pub(crate) fn new(name: &str, contents: &[u8]) -> Result<Self> {
+        let folder = guests_dir();
+        fs::create_dir_all(&folder).doing("cannot create target/guests")?;
+        let me = Self(folder.join(format!(".{}-{name}", std::process::id())));
+        fs::write(&me.0, contents).doing(format!("cannot write {name} under target/guests"))?;
+        Ok(me)
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // A file that stays behind is in nobody's way.
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// A number of bytes as MiB with one decimal.

@@ -10,6 +10,7 @@ mod boot;
 mod compute_root;
 mod compute_set;
 mod compute_table;
+mod console_scan;
 mod cpio;
 mod debian;
 mod host;
@@ -18,6 +19,7 @@ mod task_abi;
 mod task_bench_boot;
 mod task_bench_compute;
 mod task_bench_debian;
+mod task_bench_smp;
 mod task_boots;
 mod task_check;
 mod task_conform;
@@ -27,6 +29,7 @@ mod task_fuzz_calls;
 mod task_fuzz_device;
 mod task_guests;
 mod task_measure;
+mod task_stress;
 mod task_test;
 
 use clap::{Parser, Subcommand};
@@ -51,6 +54,8 @@ enum Task {
     Guests(task_guests::Args),
     /// Boot a stock kernel many times in a row and count the failures
     Boots(task_boots::Args),
+    /// Keep several vCPUs busy with stress-ng, or with code that the kernel patches while it runs
+    Stress(task_stress::Args),
     /// Try random damage for as long as you like
     Fuzz {
         #[command(subcommand)]
@@ -87,6 +92,8 @@ enum Bench {
     Compute(task_bench_compute::Args),
     /// A Debian disk: time to login, disk and network throughput, alternating with QEMU's emulator
     Debian(task_bench_debian::Args),
+    /// What further vCPUs gain in throughput
+    Smp(task_bench_smp::Args),
 }
 
 fn main() -> ExitCode {
@@ -97,6 +104,7 @@ fn main() -> ExitCode {
         Task::Guests(args) => task_guests::run(&args),
         Task::Boots(args) => task_boots::run(&args),
         Task::Fuzz { what: Fuzz::Device(args) } => task_fuzz_device::run(&args),
+        Task::Stress(args) => task_stress::run(&args),
         Task::Fuzz { what: Fuzz::State(args) } => task_fuzz::run(&args),
         Task::Abi(args) => task_abi::run(&args),
         Task::Conform(args) => task_conform::run(&args),
@@ -105,6 +113,7 @@ fn main() -> ExitCode {
         Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
         Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),
         Task::Bench { what: Bench::Debian(args) } => task_bench_debian::run(&args),
+        Task::Bench { what: Bench::Smp(args) } => task_bench_smp::run(&args),
     };
     match outcome {
         Ok(code) => code,

@@ -1,0 +1,44 @@
+# As many copies of a program at a time as there are CPUs, then a compressor with as many threads; runs on the host as it does in guests.
+# ROOT is the folder with Debian's programs, WORK one for files, COPIES how many. The lines that start with "smp-" are for
+# xtask/src/task_bench_smp.rs.
+libraries=$ROOT/lib/x86_64-linux-gnu:$ROOT/usr/lib/x86_64-linux-gnu
+program() {
+    path=$1
+    shift
+    "$ROOT/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "$libraries" "$ROOT/$path" "$@"
+}
+# Something that a compressor has work with: a program.
+head -c 16000000 "$ROOT/usr/lib/gcc/x86_64-linux-gnu/12/cc1" >"$WORK/data"
+
+now() { cut -d' ' -f1 /proc/uptime; }
+timed() {
+    name=$1
+    shift
+    before=$(now)
+    "$@" || echo "smp-failed $name"
+    echo "smp-time $name $before $(now)"
+}
+copies() {
+    running=
+    for n in $(seq "$COPIES"); do
+        "$@" &
+        running="$running $!"
+    done
+    for one in $running; do
+        wait "$one" || return 1
+    done
+}
+
+loop() { program usr/bin/perl -e 'my ($s, %h) = (0); for my $i (1 .. 12000000) { $s = ($s * 31 + $i) & 0xffffff; } print "$s\n"' >"$WORK/null"; }
+digest() { for n in 1 2 3 4 5 6; do program usr/bin/openssl dgst -md5 "$WORK/data"; done >"$WORK/null"; }
+sorting() { program usr/bin/perl -e 'my $x = 1; my @a = map { $x = ($x * 1103515245 + 12345) & 0x7fffffff } 1 .. 400000; @a = sort { $a <=> $b } @a for 1 .. 2; print "$a[0]\n"' >"$WORK/null"; }
+gzip_one() { program bin/gzip -6 -c "$WORK/data" >"$WORK/null"; }
+xz_threads() { program usr/bin/xz -1 "-T$COPIES" --block-size=1MiB -c "$WORK/data" >"$WORK/null"; }
+
+ln -sf /dev/null "$WORK/null"
+timed compute-loop copies loop
+timed compute-digest copies digest
+timed compute-sort copies sorting
+timed compress-gzip copies gzip_one
+timed compress-xz xz_threads
+echo "smp-done"
