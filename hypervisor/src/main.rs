@@ -6,7 +6,7 @@ mod doctor;
 use clap::{Args, Parser, Subcommand};
 use doctor::Doctor;
 use paravane::config::devices::{
-    BalloonConfig, ConsoleConfig, DevicesConfig, DiskConfig, NetConfig, RngConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, DevicesConfig, DiskConfig, FsConfig, NetConfig, RngConfig, VsockConfig,
 };
 use paravane::config::{self, ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig, options};
 use paravane::engine::{EngineKind, Windows};
@@ -109,6 +109,9 @@ struct Run {
     /// Sockets between host and guest: cid=N,socket=PATH
     #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<VsockConfig>("--vsock", None, s))]
     vsock: Option<VsockConfig>,
+    /// A shared folder, in the guest "mount -t virtiofs NAME /mnt": tag=NAME,path=FOLDER[,readonly=on][,queues=N]; repeatable
+    #[arg(long, value_name = "OPTIONS", value_parser = |s: &str| options::parse::<FsConfig>("--fs", None, s))]
+    fs: Vec<FsConfig>,
     /// A virtio console (hvc0): stdio (the serial port then goes nowhere unless told otherwise), null or file=PATH
     #[arg(
         long,
@@ -170,8 +173,15 @@ fn main() -> ExitCode {
 /// What the command line and the configuration file say together.
 fn config(r: Run) -> Result<VmConfig, ConfigError> {
     let file = r.config.as_deref().map(config::read_file).transpose()?.unwrap_or_default();
-    let over =
-        DevicesConfig { disk: r.disk, net: r.net, rng: r.rng, balloon: r.balloon, vsock: r.vsock, console: r.console };
+    let over = DevicesConfig {
+        disk: r.disk,
+        net: r.net,
+        rng: r.rng,
+        balloon: r.balloon,
+        vsock: r.vsock,
+        fs: r.fs,
+        console: r.console,
+    };
     let devices = file.devices().merge(over);
     let on_terminal = devices.console.as_ref().is_some_and(|c| c.to() == SerialConfig::Stdio);
     let engine = file.engine.as_deref().map(config::parse_engine).transpose()?;

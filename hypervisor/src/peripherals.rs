@@ -14,10 +14,11 @@ use virtio::devices::block::image::{Image, OpenImage, Qcow2Image, Raw};
 use virtio::devices::block::{Block, BlockOptions, MAX_QUEUES, SERIAL_LEN};
 use virtio::devices::console::{Console, Port, PortInput};
 use virtio::devices::entropy::Entropy;
+use virtio::devices::fs::{self, Fs};
 use virtio::devices::vsock::Vsock;
 
 use crate::chipset::{Chipset, MmioSlot};
-use crate::config::devices::{DevicesConfig, DiskConfig, DiskFormat, TransportKind};
+use crate::config::devices::{DevicesConfig, DiskConfig, DiskFormat, FsConfig, TransportKind};
 use crate::memory::GuestRam;
 
 /// Columns and rows of a console about which nothing is known.
@@ -48,6 +49,12 @@ pub enum PeripheralError {
     /// A context ID that is not a guest's.
     #[error("a guest cannot have the context ID {0}; give it 3 or more")]
     Cid(u32),
+    /// A shared folder's name that does not fit.
+    #[error("\"{0}\" cannot be the tag of a shared folder; give it from 1 to {max} bytes", max = fs::TAG_LEN)]
+    Tag(String),
+    /// Two shared folders of one name.
+    #[error("two shared folders have the tag \"{0}\"; give each its own")]
+    TagTwice(String),
     /// No room, thread or descriptor.
     #[error("a device cannot be added ({0}); leave some devices out or raise the host's limits")]
     Host(io::Error),
@@ -98,6 +105,12 @@ pub fn add(
         let device = Vsock::new(v.cid, &v.socket).map_err(|e| file_error("vsock socket", &v.socket, e))?;
         machine.add(Box::new(device), v.transport)?;
     }
+    for (index, shared) in cfg.fs.iter().enumerate() {
+        if cfg.fs[..index].iter().any(|other| other.tag == shared.tag) {
+            return Err(PeripheralError::TagTwice(shared.tag.clone()));
+        }
+        machine.add(Box::new(folder(shared)?), shared.transport)?;
+    }
     Ok(machine.placed)
 }
 
@@ -134,6 +147,16 @@ fn block(cfg: &DiskConfig) -> Result<Block, PeripheralError> {
     let image = image.map_err(|e| file_error("disk", &cfg.path, e))?;
     let serial = cfg.serial.clone().unwrap_or_default();
     Ok(Block::new(image, &BlockOptions { readonly: cfg.readonly, serial, queues: cfg.queues }))
+}
+
+fn folder(cfg: &FsConfig) -> Result<Fs, PeripheralError> {
+    if cfg.queues == 0 || cfg.queues > fs::MAX_QUEUES {
+        return Err(PeripheralError::Queues("shared folder", cfg.queues, fs::MAX_QUEUES));
+    }
+    if cfg.tag.is_empty() || cfg.tag.len() > fs::TAG_LEN {
+        return Err(PeripheralError::Tag(cfg.tag.clone()));
+    }
+    Fs::new(&cfg.path, &cfg.tag, cfg.readonly, cfg.queues).map_err(|e| file_error("shared folder", &cfg.path, e))
 }
 
 fn file_error(what: &'static str, path: &Path, why: io::Error) -> PeripheralError {

@@ -128,6 +128,38 @@ impl Stage {
         copy
     }
 
+    /// A file with these contents beside the program, for this test to hand on.
+    ///
+    /// # Panics
+    /// It cannot be written.
+    pub fn file(&self, name: &str, contents: &[u8]) -> PathBuf {
+        let path = self.folder.join(format!("own-{name}"));
+        fs::write(&path, contents).expect("the temporary folder can be written");
+        path
+    }
+
+    /// A new folder beside the program.
+    ///
+    /// # Panics
+    /// It cannot be made.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        let path = self.folder.join(name);
+        fs::create_dir(&path).expect("the temporary folder can be written");
+        path
+    }
+
+    /// Gives a folder and everything in it to the user that the program runs as.
+    ///
+    /// # Panics
+    /// It cannot be given away.
+    pub fn give_away(&self, folder: &Path) {
+        if is_root() {
+            let owner = format!("{NOBODY}:{NOBODY}");
+            let status = Command::new("chown").args(["-R", "-h", &owner]).arg(folder).status();
+            assert!(status.is_ok_and(|status| status.success()), "root can give files away");
+        }
+    }
+
     /// Names of the files that the program left in its working directory.
     ///
     /// # Panics

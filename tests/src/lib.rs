@@ -4,6 +4,7 @@
 //! hypervisor is started without privileges and always ended, a terminal that a test can look into, and what the standard
 //! guest must print. `cargo xtask test` builds and fetches everything first; a test run by hand builds what it needs.
 
+pub mod archive;
 pub mod conform;
 pub mod exercise;
 pub mod guest;

@@ -4,10 +4,11 @@
 //! registers of any size anywhere, write to memory that is in use, reset. Nothing that it does may make the host panic, hang or touch
 //! memory that is not the guest's. The device is on the transport that its name says; workers run as in a machine.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::sync::Arc;
 
 use paravane_ram::GuestRam;
+use paravane_usernet::{Config, Reach};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::Device;
@@ -16,12 +17,16 @@ use crate::devices::block::image::{OpenImage, Raw};
 use crate::devices::block::{Block, BlockOptions};
 use crate::devices::console::{Console, Port};
 use crate::devices::entropy::Entropy;
+use crate::devices::fs::{self as shared, Fs};
+use crate::devices::net::{Net, user::User};
 use crate::devices::vsock::Vsock;
 use crate::transport::mmio::MmioTransport;
 use crate::transport::pci::{BAR_SIZE, PciHost, PciTransport};
 
 /// What there is to be fuzzed.
-pub const TARGETS: [&str; 7] = ["block", "console", "entropy", "balloon", "vsock", "pci", "mmio"];
+///
+/// "fuse" are messages to a shared folder without rings around them, which get further than those of "fs" do.
+pub const TARGETS: [&str; 10] = ["block", "net", "console", "entropy", "balloon", "vsock", "fs", "fuse", "pci", "mmio"];
 
 /// Size of the guest's memory: small, so that things collide.
 const RAM: u64 = 1 << 20;
@@ -37,13 +42,32 @@ fn temporary(name: &str) -> std::path::PathBuf {
     std::env::temp_dir().join(format!("paravane-fuzz-{}-{name}-{n}", std::process::id()))
 }
 
-fn device(target: &str) -> std::io::Result<Box<dyn Device>> {
+/// A shared folder with a few things in it, gone with the value.
+struct Folder(std::path::PathBuf);
+
+impl Folder {
+    fn new() -> std::io::Result<Self> {
+        let me = Self(temporary("folder"));
+        fs::create_dir_all(me.0.join("d"))?;
+        fs::write(me.0.join("f"), [7; 5000])?;
+        std::os::unix::fs::symlink("..", me.0.join("l"))?;
+        Ok(me)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn device(target: &str, folder: Option<&Folder>) -> std::io::Result<Box<dyn Device>> {
     Ok(match target {
         "block" => {
             let path = temporary("disk");
             File::create(&path)?.set_len(1 << 20)?;
             let raw = Raw::open(&path, OpenImage::default());
-            std::fs::remove_file(&path)?;
+            fs::remove_file(&path)?;
             Box::new(Block::new(Box::new(raw?), &BlockOptions { queues: 2, ..BlockOptions::default() }))
         }
         "console" => {
@@ -53,6 +77,13 @@ fn device(target: &str) -> std::io::Result<Box<dyn Device>> {
             Box::new(Console::new(ports.into(), (80, 25)))
         }
         "balloon" => Box::new(Balloon::new(1 << 20, true, true)),
+        "net" => {
+            let mac = [0x52, 0x54, 0, 1, 2, 3];
+            // Nothing of the host's is to be reached.
+            let config = Config { mac, forwards: Vec::new(), reach: Reach::Nothing, resolver: None };
+            Box::new(Net::new(Box::new(User::new(&config).map_err(std::io::Error::other)?), mac, 2))
+        }
+        "fs" => Box::new(Fs::new(&folder.expect("it was made").0, "fuzz", false, 2)?),
         "vsock" => Box::new(Vsock::new(3, &temporary("vsock"))?),
         _ => Box::new(Entropy::new(File::open("/dev/zero")?)),
     })
@@ -63,6 +94,13 @@ struct NoInterrupts;
 impl PciHost for NoInterrupts {
     fn msi(&self, _address: u64, _data: u32) {}
     fn intx(&self, _level: bool) {}
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Frames,
+    Messages,
+    Headers,
 }
 
 enum Transport {
@@ -100,6 +138,8 @@ impl Input<'_> {
 }
 
 struct Guest {
+    /// What requests have to look like to mean something.
+    kind: Kind,
     mem: GuestRam,
     transport: Transport,
     offered: [u16; 6],
@@ -225,6 +265,18 @@ impl Guest {
             14 => {
                 let at = 0x8_0000 + 16 * u64::from(input.byte()?);
                 let (kind, value) = (u32::from(input.byte()? % 16), input.number()?);
+                match self.kind {
+                    Kind::Headers => {}
+                    Kind::Frames => {
+                        self.put(at, &frame(kind as u8, value));
+                        return Some(());
+                    }
+                    Kind::Messages => {
+                        let (_, message) = message(input, &[])?;
+                        self.put(at, &message);
+                        return Some(());
+                    }
+                }
                 self.put(at, &kind.to_le_bytes());
                 self.put(at + 4, &value.to_le_bytes());
                 self.put(at + 8, &[3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
@@ -245,6 +297,83 @@ impl Guest {
     }
 }
 
+/// The beginning of a packet as the network device takes it: its header, Ethernet, and IPv4 or something else.
+fn frame(kind: u8, value: u64) -> Vec<u8> {
+    let mut bytes = vec![kind & 3, (value & 7) as u8];
+    bytes.extend(&value.to_le_bytes()[..8]);
+    bytes.resize(12, 0);
+    bytes.extend([0x52, 0x55, 10, 0, 2, 2, 0x52, 0x54, 0, 1, 2, 3, 8, if kind & 4 != 0 { 6 } else { 0 }]);
+    bytes.extend([0x45, 0, (value >> 8) as u8, value as u8, 0, 0, 0, 0, 64, [1, 6, 17, kind][usize::from(kind & 3)]]);
+    bytes.extend([0, 0, 10, 0, 2, 15, 10, 0, 2, (value >> 16) as u8, 0, 67, 0, 68]);
+    bytes
+}
+
+/// A FUSE message that may mean something, and the room for its answer. Numbers are small ones or what the last
+/// `reply` held.
+fn message(input: &mut Input<'_>, reply: &[u8]) -> Option<(usize, Vec<u8>)> {
+    const NAMES: [&[u8]; 8] = [b"f\0", b"d\0", b"l\0", b"..\0", b"new\0", b"d/../..\0", b"n\0m\0", b"\0"];
+    let id = |n: u8| match n {
+        0..128 => u64::from(n % 16),
+        _ => {
+            let at = 16 + 8 * (usize::from(n) % 17);
+            reply.get(at..at + 8).map_or(1, |b| b.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b)))
+        }
+    };
+    let (opcode, node, odd) = (u32::from(input.byte()? % 56), id(input.byte()?), input.byte()?);
+    // Mostly what is there: fields first, names last.
+    let mut body = Vec::new();
+    for _ in 0..odd % 5 {
+        let field = match input.byte()? {
+            n @ 0..192 => id(n),
+            _ => input.number()?,
+        };
+        body.extend(field.to_le_bytes());
+    }
+    if opcode == 43 {
+        // An allocation is the one thing that would really take the host's space.
+        body.truncate(8);
+        body.extend([0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0]);
+        body.extend([input.byte()?, 0, 0, 0, 0, 0, 0, 0]);
+    }
+    if opcode == 15 {
+        body.resize(40, 0);
+        body[16..20].copy_from_slice(&[0, odd, 0, 0]);
+    }
+    if opcode == 16 {
+        body.resize(40, 0);
+        body[16..20].copy_from_slice(&u32::from(odd).to_le_bytes());
+        body.extend([9; 256]);
+    }
+    for _ in 0..odd >> 6 {
+        body.extend(NAMES[usize::from(input.byte()? % 8)]);
+    }
+    let len = (40 + body.len()) as u32 + u32::from(odd == 7);
+    let mut message = [len.to_le_bytes(), opcode.to_le_bytes()].concat();
+    message.extend(1u64.to_le_bytes());
+    message.extend(node.to_le_bytes());
+    message.extend([0; 16]);
+    message.extend(body);
+    Some((if odd == 9 { 20 } else { 8192 }, message))
+}
+
+/// Messages to a shared folder, none of which may reach what lies beside it.
+fn messages(folder: &Folder, input: &mut Input<'_>) {
+    let shared = folder.0.join("shared");
+    fs::create_dir_all(shared.join("d")).expect("the host has files");
+    fs::write(shared.join("f"), [7; 5000]).expect("the host has files");
+    std::os::unix::fs::symlink("../f", shared.join("l")).expect("the host has files");
+    let around = || {
+        let mut names: Vec<_> =
+            fs::read_dir(&folder.0).into_iter().flatten().flatten().map(|e| e.file_name()).collect();
+        names.sort();
+        (names, fs::read(folder.0.join("f")).ok())
+    };
+    let before = around();
+    shared::exchange(&shared, |reply| message(input, reply).map(|(room, message)| (message, room)))
+        .expect("the host has descriptors");
+    assert!(around() == before, "a message got out of the shared folder");
+}
+
 /// Carries out a program against one of [`TARGETS`].
 ///
 /// # Panics
@@ -253,7 +382,11 @@ pub fn run(target: &str, bytes: &[u8]) {
     assert!(TARGETS.contains(&target), "there is no target {target}");
     let parts = [(GuestAddress(0), RAM as usize), (GuestAddress(2 * RAM), RAM as usize)];
     let mem: GuestRam = Arc::new(GuestMemoryMmap::from_ranges(&parts).expect("the host has memory"));
-    let device = device(target).expect("the host has files");
+    let folder = matches!(target, "fs" | "fuse").then(|| Folder::new().expect("the host has files"));
+    if let Some(folder) = folder.as_ref().filter(|_| target == "fuse") {
+        return messages(folder, &mut Input(bytes));
+    }
+    let device = device(target, folder.as_ref()).expect("the host has files");
     let transport = if target == "pci" {
         Transport::Pci(
             PciTransport::new(device, mem.clone(), Arc::new(NoInterrupts), 0xc000_0000)
@@ -262,7 +395,12 @@ pub fn run(target: &str, bytes: &[u8]) {
     } else {
         Transport::Mmio(MmioTransport::new(device, mem.clone(), Box::new(|_| {})).expect("the host has descriptors"))
     };
-    let mut guest = Guest { mem, transport, offered: [0; 6] };
+    let kind = match target {
+        "net" => Kind::Frames,
+        "fs" => Kind::Messages,
+        _ => Kind::Headers,
+    };
+    let mut guest = Guest { kind, mem, transport, offered: [0; 6] };
     if target != "mmio" {
         guest.set_up(0);
     }

@@ -44,9 +44,12 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.stop.ring();
-        if let Some(thread) = self.thread.take() {
-            // A worker that panicked is gone too; the panic hook has reported it.
-            let _ = thread.join();
+        if let Some(worker) = self.thread.take() {
+            // A worker that panicked is gone too; the panic hook has reported it. A test is to fail of it.
+            let gone = worker.join();
+            if cfg!(test) && !thread::panicking() {
+                gone.expect("a worker panicked");
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// block, console, entropy, balloon, vsock, pci or mmio; all of them, one after the other, when left out
+    /// block, net, console, entropy, balloon, vsock, fs, fuse (messages to a shared folder), pci or mmio; all of them, one after the other, when left out
     target: Option<String>,
     /// How long, for each target
     #[arg(long, default_value_t = 60)]
@@ -15,7 +15,7 @@ pub(crate) struct Args {
     seed: u64,
 }
 
-const ALL: [&str; 7] = ["block", "console", "entropy", "balloon", "vsock", "pci", "mmio"];
+const ALL: [&str; 10] = ["block", "net", "console", "entropy", "balloon", "vsock", "fs", "fuse", "pci", "mmio"];
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let targets = args.target.as_deref().map_or(ALL.to_vec(), |t| vec![t]);

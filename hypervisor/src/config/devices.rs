@@ -154,6 +154,25 @@ pub struct VsockConfig {
     pub transport: TransportKind,
 }
 
+/// A folder of the host that the guest mounts (`mount -t virtiofs TAG /mnt`).
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// The name by which the guest mounts it, up to 36 bytes.
+    pub tag: String,
+    /// The folder.
+    pub path: PathBuf,
+    /// Whether the guest may only read it.
+    #[serde(default, deserialize_with = "flag")]
+    pub readonly: bool,
+    /// Number of request queues; kernels before 6.11 use one.
+    #[serde(default = "one", deserialize_with = "number")]
+    pub queues: u16,
+    /// How the guest reaches it.
+    #[serde(default)]
+    pub transport: TransportKind,
+}
+
 /// Where a virtio console goes.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
@@ -206,6 +225,9 @@ pub struct DevicesConfig {
     pub balloon: Option<BalloonConfig>,
     /// Sockets.
     pub vsock: Option<VsockConfig>,
+    /// Shared folders.
+    #[serde(default)]
+    pub fs: Vec<FsConfig>,
     /// Console.
     pub console: Option<ConsoleConfig>,
 }
@@ -241,6 +263,9 @@ pub struct FileConfig {
     pub balloon: Option<BalloonConfig>,
     /// `--vsock`.
     pub vsock: Option<VsockConfig>,
+    /// `--fs`, repeatable.
+    #[serde(default)]
+    pub fs: Vec<FsConfig>,
     /// `--console`.
     pub console: Option<ConsoleConfig>,
 }
@@ -270,6 +295,7 @@ impl FileConfig {
             rng: self.rng.clone(),
             balloon: self.balloon.clone(),
             vsock: self.vsock.clone(),
+            fs: self.fs.clone(),
             console: self.console.clone(),
         }
     }
@@ -279,6 +305,7 @@ impl DevicesConfig {
     /// How many devices are reached by the paravirtual ABI.
     pub fn on_pv(&self) -> u32 {
         let lists = self.disk.iter().map(|d| d.transport).chain(self.net.iter().map(|d| d.transport));
+        let lists = lists.chain(self.fs.iter().map(|d| d.transport));
         let singles = [
             self.rng.as_ref().map(|d| d.transport),
             self.balloon.as_ref().map(|d| d.transport),
@@ -293,6 +320,7 @@ impl DevicesConfig {
     pub fn merge(mut self, over: Self) -> Self {
         self.disk.extend(over.disk);
         self.net.extend(over.net);
+        self.fs.extend(over.fs);
         Self {
             rng: over.rng.or(self.rng),
             balloon: over.balloon.or(self.balloon),
@@ -322,6 +350,18 @@ mod tests {
         assert_eq!((net.mode, net.hostfwd.len()), (Some(NetMode::User), 1));
         let net: NetConfig = parse("--net", Some("mode"), "tap=tap0,queues=2").unwrap();
         assert_eq!((net.tap.as_deref(), net.queues), (Some("tap0"), 2));
+    }
+
+    #[test]
+    fn shared_folders_are_said_on_the_command_line_and_in_files() {
+        let fs: FsConfig = parse("--fs", None, "tag=work,path=/srv/work,readonly=on").unwrap();
+        let file =
+            FileConfig::parse("c.toml", "[[fs]]\ntag = \"work\"\npath = \"/srv/work\"\nreadonly = true\n").unwrap();
+        assert_eq!((fs.readonly, fs.queues, file.devices().fs), (true, 1, vec![fs.clone()]));
+        let pv = parse("--fs", None, "tag=b,path=b,transport=pv").unwrap();
+        let all = file.devices().merge(DevicesConfig { fs: vec![pv], ..DevicesConfig::default() });
+        assert_eq!((all.fs.len(), all.on_pv()), (2, 1));
+        assert!(parse::<FsConfig>("--fs", None, "tag=work").is_err(), "a folder has to be named");
     }
 
     #[test]

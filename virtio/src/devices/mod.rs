@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod entropy;
+pub mod fs;
 pub mod net;
 pub mod vsock;
 

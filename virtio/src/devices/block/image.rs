@@ -253,8 +253,10 @@ fn call(file: &File, buffers: &Buffers<'_>, skip: usize, at: u64, kind: Transfer
     let guards: Vec<_> = buffers.iter().take(MAX_VECTORS).map(VolatileSlice::ptr_guard_mut).collect();
     let mut vectors: Vec<_> =
         guards.iter().map(|g| libc::iovec { iov_base: g.as_ptr().cast(), iov_len: g.len() }).collect();
-    vectors[0].iov_base = vectors[0].iov_base.wrapping_byte_add(skip);
-    vectors[0].iov_len -= skip;
+    // A request may have no data at all, or only empty buffers.
+    let Some(first) = vectors.first_mut() else { return Ok(0) };
+    first.iov_base = first.iov_base.wrapping_byte_add(skip);
+    first.iov_len -= skip;
     let n = loop {
         let (fd, count) = (file.as_raw_fd(), vectors.len() as i32);
         // SAFETY: each iovec is guest RAM that its slice keeps mapped; the kernel bears concurrent changes by the guest.

@@ -115,6 +115,11 @@ fn exercise(g: &mut Guest) {
     assert_eq!(g.request(1, 3, &[(DATA, 700, false), (DATA + 700, 1348, false)]), (0, 1));
     assert_eq!(g.request(4, 0, &[]), (0, 1));
     g.fill(0, 2048);
+    // No data at all, or an empty buffer of it.
+    for none in [&[][..], &[(DATA, 0, true)]] {
+        assert_eq!(g.request(0, 3, none), (0, 1));
+    }
+    assert_eq!(g.request(1, 3, &[(DATA, 0, false)]), (0, 1));
     let parts = [(DATA + 0x1000, 1, true), (DATA + 0x2000, 2000, true), (DATA + 0x3000, 47, true)];
     assert_eq!(g.request(0, 3, &parts), (0, 2049));
     assert_eq!(g.d.get::<u8>(DATA + 0x1000), 0);
