@@ -8,7 +8,7 @@
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use paravane_cpu::snapshot::LapicState;
@@ -18,6 +18,7 @@ use crate::devices::acpi_pm::{AcpiPm, PM_TMR};
 use crate::devices::control::{Control, Kick, StopCause, event};
 use crate::devices::ioapic::{self, IoApic, Message, PINS};
 use crate::devices::lapic::{Action, Deadline, Lapic};
+use crate::devices::local_apics::LocalApics;
 use crate::devices::lock;
 use crate::devices::pci::PciBus;
 use crate::devices::pic::Pic;
@@ -56,6 +57,9 @@ struct Interrupts {
     control: Control,
     wired: Mutex<Wired>,
     lapics: Box<[Mutex<Lapic>]>,
+    /// Those that the engine keeps, if it does; `lapics` lie idle then.
+    elsewhere: RwLock<Option<Arc<dyn LocalApics>>>,
+    are_elsewhere: AtomicBool,
     /// The 8259A pair's INTR.
     intr: AtomicBool,
     lapic_timers: OnceLock<Vec<Timer>>,
@@ -98,6 +102,10 @@ impl Interrupts {
 
     /// Delivers a message; `from` and `shorthand` are those of an ICR write.
     fn deliver(&self, m: &Message, from: Option<u32>, shorthand: u8) {
+        if let Some(apics) = self.elsewhere() {
+            // Commands come from the chipset's own local APICs only, so there is no shorthand.
+            return apics.send(m);
+        }
         let mut lowest: Option<(u32, u32)> = None;
         for (n, apic) in self.lapics.iter().enumerate() {
             let n = n as u32;
@@ -143,10 +151,13 @@ impl Interrupts {
     /// Brings a vCPU's "interrupt deliverable" bit up to date.
     fn update(&self, vcpu: u32) {
         let Some(apic) = self.lapics.get(vcpu as usize) else { return };
+        let intr = vcpu == 0 && self.intr.load(SeqCst);
         let a = lock(apic);
-        let pending = a.pending().is_some()
-            || a.waits_for_settlement()
-            || (vcpu == 0 && self.intr.load(SeqCst) && a.accepts_extint());
+        let pending = if self.are_elsewhere.load(SeqCst) {
+            intr
+        } else {
+            a.pending().is_some() || a.waits_for_settlement() || (intr && a.accepts_extint())
+        };
         if pending {
             self.control.raise(vcpu, event::APIC);
         } else {
@@ -244,6 +255,8 @@ impl Chipset {
             control: Control::new(cfg.cpus),
             wired: Mutex::new(Wired { pic, ioapic: IoApic::default(), shared: [0; PINS] }),
             lapics: (0..cfg.cpus).map(|n| Mutex::new(Lapic::new(n))).collect(),
+            elsewhere: RwLock::new(None),
+            are_elsewhere: AtomicBool::new(false),
             intr: AtomicBool::new(false),
             lapic_timers: OnceLock::new(),
             clock,
@@ -581,7 +594,12 @@ impl Bus for Chipset {
                 self.irqs.act(vcpu, action.unwrap_or(Action::None));
             }
         } else if gpa & !0xfff == ioapic::BASE {
-            let messages = lock(&self.irqs.wired).ioapic.write(gpa & 0xfff, v);
+            let mut wired = lock(&self.irqs.wired);
+            let messages = wired.ioapic.write(gpa & 0xfff, v);
+            if let Some(apics) = self.irqs.elsewhere() {
+                apics.set_routes(&wired.ioapic.routes());
+            }
+            drop(wired);
             for m in messages {
                 self.irqs.deliver(&m, None, 0);
             }
@@ -637,8 +655,10 @@ impl Bus for Chipset {
     fn interrupt_ack(&self, vcpu: u32) -> Option<u8> {
         self.settle_eoi(vcpu);
         let mut a = lock(self.irqs.lapics.get(vcpu as usize)?);
-        let mut vector = a.acknowledge();
-        let extint = vector.is_none() && vcpu == 0 && a.accepts_extint();
+        // Whether the 8259A's output gets through is for the engine to say, where it keeps the local APIC.
+        let elsewhere = self.irqs.are_elsewhere.load(SeqCst);
+        let mut vector = if elsewhere { None } else { a.acknowledge() };
+        let extint = vector.is_none() && vcpu == 0 && (elsewhere || a.accepts_extint());
         drop(a);
         if let Some(v) = vector {
             self.acknowledged(vcpu, v);
@@ -676,6 +696,13 @@ impl Bus for Chipset {
             return lock(self.irqs.lapics.get(vcpu as usize)?).take_sipi().map(Startup::Sipi);
         }
         None
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        let messages = lock(&self.irqs.wired).ioapic.end_of_interrupt(vector);
+        for m in messages {
+            self.irqs.deliver(&m, None, 0);
+        }
     }
 
     fn lapic_save(&self, vcpu: u32) -> Option<LapicState> {

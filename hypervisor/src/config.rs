@@ -1,6 +1,6 @@
 //! What a user can ask for, checked in one place.
 
-use crate::engine::{EngineKind, Windows};
+use crate::engine::{EngineKind, IrqChip, Windows};
 use crate::pv::Offer;
 use std::path::{Path, PathBuf};
 
@@ -61,6 +61,8 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Engine.
     pub engine: EngineKind,
+    /// Where local APICs are on KVM.
+    pub irqchip: IrqChip,
     /// When guest processes get host mappings under binary translation.
     pub windows: Windows,
     /// What the guest is offered of the paravirtual interfaces.
@@ -104,6 +106,9 @@ pub enum ConfigError {
     /// An engine that does not exist.
     #[error("\"{0}\" is no engine; use auto, bt or kvm")]
     Engine(String),
+    /// A place for local APICs that does not exist.
+    #[error("\"{0}\" is no place for local APICs; use auto, user or split")]
+    IrqChip(String),
     /// A choice about windows that does not exist.
     #[error("\"{0}\" says nothing about windows; use off, auto or always")]
     Windows(String),
@@ -207,6 +212,19 @@ pub fn parse_windows(text: &str) -> Result<Windows, ConfigError> {
         "auto" => Ok(Windows::Auto),
         "always" => Ok(Windows::Always),
         _ => Err(ConfigError::Windows(text.to_owned())),
+    }
+}
+
+/// Reads where local APICs are on KVM.
+///
+/// # Errors
+/// When it is none of the three words.
+pub fn parse_irqchip(text: &str) -> Result<IrqChip, ConfigError> {
+    match text {
+        "auto" => Ok(IrqChip::Auto),
+        "user" => Ok(IrqChip::User),
+        "split" => Ok(IrqChip::Split),
+        _ => Err(ConfigError::IrqChip(text.to_owned())),
     }
 }
 

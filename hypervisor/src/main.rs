@@ -9,7 +9,7 @@ use paravane::config::devices::{
     BalloonConfig, ConsoleConfig, DevicesConfig, DiskConfig, FsConfig, NetConfig, RngConfig, VsockConfig,
 };
 use paravane::config::{self, ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig, options};
-use paravane::engine::{EngineKind, Windows};
+use paravane::engine::{EngineKind, IrqChip, Windows};
 use paravane::pv::Offer;
 use paravane::vm;
 use std::fmt::Display;
@@ -79,6 +79,9 @@ struct Run {
     /// Engine: auto, bt (binary translation) or kvm [default: auto]
     #[arg(long, value_parser = config::parse_engine)]
     engine: Option<EngineKind>,
+    /// Local APICs on KVM: user (in this process), split (in the kernel) or auto (in the kernel where KVM runs ring 0 natively)
+    #[arg(long, default_value = "auto", value_parser = config::parse_irqchip)]
+    irqchip: IrqChip,
     /// Host mappings for guest processes under binary translation: off, auto (those that compute) or always
     #[arg(long, default_value = "auto", value_parser = config::parse_windows)]
     windows: Windows,
@@ -193,6 +196,7 @@ fn config(r: Run) -> Result<VmConfig, ConfigError> {
         memory: r.memory.or(file.memory).unwrap_or(512 << 20),
         cpus: r.cpus.or(file.cpus).unwrap_or(1),
         engine: r.engine.or(engine).unwrap_or(EngineKind::Auto),
+        irqchip: r.irqchip,
         windows: r.windows,
         pv: r.pv,
         serial: r.serial.or(serial).unwrap_or(if on_terminal { SerialConfig::Null } else { SerialConfig::Stdio }),

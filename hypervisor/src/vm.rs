@@ -182,7 +182,8 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
     let ending = Arc::new(Ending::default());
     let serial = Serial::open(&cfg.serial, &ending)?;
     let (output, port) = (serial.output, serial.port);
-    let pv = engine::paravirt(kind, cfg.pv, &mem, cfg.devices.on_pv());
+    let vm = EngineVm::new(kind, mem.clone(), cfg.irqchip)?;
+    let pv = vm.paravirt(cfg.pv, cfg.devices.on_pv());
     let chipset = Chipset::new(ChipsetConfig { cpus: cfg.cpus, debug_exit: cfg.debug_exit, serial: port, pv })?;
     let _ = ending.chipset.set(Arc::downgrade(&chipset));
     let tsc_khz = tsc::tsc_khz();
@@ -193,12 +194,12 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         windows: cfg.windows,
         hypervisor_leaves: Vec::new(),
     };
-    let vm = EngineVm::new(kind, mem.clone())?;
     let mut vcpus = Vec::new();
     for n in 0..cfg.cpus {
         info.hypervisor_leaves = chipset.hypervisor_leaves(n, tsc_khz, lapic::BUS_HZ);
         vcpus.push(vm.vcpu(n, chipset.clone(), &info)?);
     }
+    chipset.use_local_apics(vm.local_apics());
     let console = Serial::open(&cfg.devices.console.as_ref().map_or(SerialConfig::Null, ConsoleConfig::to), &ending)?;
     let outputs: Vec<Output> = [output, console.output].into_iter().flatten().collect();
     let placed = peripherals::add(&cfg.devices, &mem, &chipset, console.port)?;

@@ -5,17 +5,20 @@ mod machine;
 
 use machine::{ANSWER, CODE, Machine};
 use paravane::devices::control::StopCause;
-use paravane::engine::EngineKind;
+use paravane::engine::{EngineKind, IrqChip};
 use paravane::pv::Offer;
 use paravane::running::{Driven, RunningVcpu};
 use paravane_cpu::{Reg, Seg, Segment};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
+/// An engine, and where its local APICs are.
+type Kind = (EngineKind, IrqChip);
+
 /// A machine on each engine; says which is missing.
-fn on_each(cpus: u32, code: &[u8], others: &[u8], handler: &[u8], mut f: impl FnMut(EngineKind, Machine)) {
-    for kind in [EngineKind::Bt, EngineKind::Kvm] {
-        match Machine::with_cpus(kind, cpus, code, others, handler, Offer::Off) {
+fn on_each(cpus: u32, code: &[u8], others: &[u8], handler: &[u8], mut f: impl FnMut(Kind, Machine)) {
+    for kind in [(EngineKind::Bt, IrqChip::User), (EngineKind::Kvm, IrqChip::User), (EngineKind::Kvm, IrqChip::Split)] {
+        match Machine::with_irqchip(kind.0, kind.1, cpus, code, others, handler, Offer::Off) {
             Ok(m) => f(kind, m),
             Err(e) => eprintln!("SKIPPED on {kind:?}: {e}"),
         }
@@ -121,7 +124,8 @@ fn vcpus_start_and_interrupt_each_other() {
         for n in 0..3 {
             assert!((ROUNDS..=ROUNDS + 1).contains(&answer(8 + n)), "{kind:?}, vCPU {n}: {}", answer(8 + n));
             let halts = all[n as usize].0.counters().into_iter().find(|c| c.0 == "halts").unwrap().1;
-            assert!(halts > 0, "{kind:?}, vCPU {n}");
+            // The kernel's local APIC keeps halts to itself.
+            assert!((halts > 0) == (kind.1 == IrqChip::User), "{kind:?}, vCPU {n}: {halts} halts");
         }
     });
 }

@@ -78,6 +78,10 @@ pub trait Bus: Send + Sync {
         let _ = (vcpu, state);
         false
     }
+    /// The guest ended a level-triggered interrupt at a local APIC that the engine keeps.
+    fn end_of_interrupt(&self, vector: u8) {
+        let _ = vector;
+    }
     /// Takes a pending INIT, or else a pending start-up message. Cheap when there is none.
     fn take_startup(&self, vcpu: u32) -> Option<Startup> {
         let _ = vcpu;

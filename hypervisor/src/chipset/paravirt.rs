@@ -14,11 +14,13 @@
 use super::{Chipset, Interrupts};
 use crate::devices::control::{StopCause, event};
 use crate::devices::ioapic::Message;
+use crate::devices::local_apics::LocalApics;
 use crate::devices::lock;
 use crate::memory::GuestRam;
 use crate::pv::Pv;
 use std::io::{self, Write};
-use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, PoisonError};
 use virtio::Device;
 use virtio::transport::mmio::MmioTransport;
 
@@ -27,12 +29,54 @@ impl Interrupts {
     pub(super) fn inject(&self, vcpu: u32, vector: u8) {
         let Some(apic) = self.lapics.get(vcpu as usize) else { return };
         let m = Message { destination: vcpu, logical: false, delivery: 0, vector, level: false };
+        if let Some(apics) = self.elsewhere() {
+            return apics.send(&m);
+        }
         lock(apic).accept(&m);
         self.update(vcpu);
     }
 }
 
+impl Interrupts {
+    /// The local APICs that the engine keeps, if it does.
+    pub(super) fn elsewhere(&self) -> Option<Arc<dyn LocalApics>> {
+        if !self.are_elsewhere.load(SeqCst) {
+            return None;
+        }
+        self.elsewhere.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
 impl Chipset {
+    /// Hands interrupts to local APICs that the engine keeps, or (`None`) to the chipset's own again. While vCPUs stand still.
+    ///
+    /// For a hand-over: to the chipset's own before the old engine's state is saved, so that what devices send from then on stays pending
+    /// here and is merged when the state is loaded; to an engine's after its state was loaded, when what came in between is passed on.
+    pub fn use_local_apics(&self, apics: Option<Arc<dyn LocalApics>>) {
+        let irqs = &self.irqs;
+        // Nobody who drives a line of the I/O APIC gets in between.
+        let wired = lock(&irqs.wired);
+        let on = apics.is_some();
+        *irqs.elsewhere.write().unwrap_or_else(PoisonError::into_inner) = apics.clone();
+        irqs.are_elsewhere.store(on, SeqCst);
+        if let Some(apics) = apics {
+            apics.set_routes(&wired.ioapic.routes());
+            for (n, own) in irqs.lapics.iter().enumerate() {
+                for vector in lock(own).take_since_save() {
+                    let destination = n as u32;
+                    apics.send(&Message { destination, logical: false, delivery: 0, vector, level: false });
+                }
+            }
+        } else {
+            let now = irqs.clock.ns();
+            irqs.lapics.iter().for_each(|own| drop(lock(own).save(now)));
+        }
+        drop(wired);
+        for n in 0..irqs.lapics.len() as u32 {
+            irqs.update(n);
+        }
+    }
+
     /// Requests a fixed interrupt of one vCPU, from any thread.
     pub fn inject(&self, vcpu: u32, vector: u8) {
         self.irqs.inject(vcpu, vector);

@@ -34,6 +34,17 @@ pub struct IoApic {
     lines: u32,
 }
 
+/// What a redirection entry sends.
+fn message(e: u64) -> Message {
+    Message {
+        destination: (e >> 56) as u32,
+        logical: e & (1 << 11) != 0,
+        delivery: (e >> 8 & 7) as u8,
+        vector: e as u8,
+        level: e & LEVEL != 0,
+    }
+}
+
 impl Default for IoApic {
     fn default() -> Self {
         Self { id: 0, select: 0, entries: [MASKED; PINS], lines: 0 }
@@ -66,13 +77,12 @@ impl IoApic {
             }
             *e |= REMOTE_IRR;
         }
-        Some(Message {
-            destination: (*e >> 56) as u32,
-            logical: *e & (1 << 11) != 0,
-            delivery: (*e >> 8 & 7) as u8,
-            vector: *e as u8,
-            level: *e & LEVEL != 0,
-        })
+        Some(message(*e))
+    }
+
+    /// What each pin would send; `None` while it is masked.
+    pub fn routes(&self) -> [Option<Message>; PINS] {
+        self.entries.map(|e| (e & MASKED == 0).then(|| message(e)))
     }
 
     /// A local APIC ended a level-triggered interrupt: pins that still ask are served again.

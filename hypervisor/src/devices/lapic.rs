@@ -420,6 +420,16 @@ impl Lapic {
         }
     }
 
+    /// Takes the vectors accepted since the registers were last saved out again: somebody else is to have them.
+    pub fn take_since_save(&mut self) -> Vec<u8> {
+        let since = std::mem::take(&mut self.since_save);
+        let taken: Vec<u8> = (0..=255).filter(|&v| has(&since, v) && has(&self.irr, v)).collect();
+        for &v in &taken {
+            clear(&mut self.irr, v);
+        }
+        taken
+    }
+
     /// Takes over what [`Lapic::save`] gave, here or elsewhere. The timer goes on from its count; its deadline is to be set anew. The
     /// state has been checked ([`paravane_cpu::snapshot::VcpuSnapshot::validate`]).
     ///

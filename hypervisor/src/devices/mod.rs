@@ -21,6 +21,7 @@ pub mod acpi_pm;
 pub mod control;
 pub mod ioapic;
 pub mod lapic;
+pub mod local_apics;
 pub mod mmio;
 pub mod pci;
 pub mod pic;

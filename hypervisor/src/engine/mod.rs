@@ -7,12 +7,13 @@ mod bt;
 pub mod kvm;
 
 use crate::devices::control::Kick;
+use crate::devices::local_apics::LocalApics;
 use crate::host;
 use crate::host::cache::Cache;
 use crate::host::report::EngineName;
 use crate::host::sources::Sources;
 use crate::memory::GuestRam;
-use crate::pv::{Entry, Offer, PvConfig};
+use crate::pv::{Entry, KvmLeaves, Offer, PvConfig};
 use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use pv_abi::feature::{Feature, Features};
@@ -150,35 +151,39 @@ pub fn choose(kind: EngineKind, only_bt: Option<&str>) -> (EngineKind, String) {
     }
 }
 
-/// What the paravirtual interfaces are like on the chosen engine: how a guest calls, and what does not pay there (measured in
-/// docs/decisions/0010-paravirtual-abi.md).
+/// Where a machine's local APICs are on KVM. Binary translation has its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IrqChip {
+    /// Whichever fits this host's KVM.
+    #[default]
+    Auto,
+    /// In user space, with all other interrupt controllers.
+    User,
+    /// In the kernel; I/O APIC and 8259A in user space.
+    Split,
+}
+
+/// What the paravirtual interfaces are like on the chosen engine with local APICs in user space: how a guest calls, and what does not pay
+/// there (measured in docs/decisions/0010-paravirtual-abi.md).
 pub fn paravirt(kind: EngineKind, offer: Offer, mem: &GuestRam, devices: u32) -> Option<PvConfig> {
-    match kind {
-        EngineKind::Bt | EngineKind::Auto => Some(PvConfig {
-            offer,
-            entry: Entry::Vmcall,
-            unfit: Features::of(&[Feature::VirtualIf]),
-            impossible: Features::NONE,
-            kvm: true,
-            ram: mem.clone(),
-            devices,
-        }),
-        // A VMCALL ends in the kernel. KVM does not see what user space writes to page tables, nor can it be told to drop
-        // translations (see docs/kvm.md).
-        EngineKind::Kvm => Some(PvConfig {
-            offer,
-            entry: Entry::Port,
-            unfit: Features::of(&[Feature::VirtualIf]),
-            impossible: Features::of(&[Feature::PageTables, Feature::TlbFlush]),
-            kvm: true,
-            ram: mem.clone(),
-            devices,
-        }),
-    }
+    let kvm = kind == EngineKind::Kvm;
+    // A VMCALL ends in the kernel. KVM does not see what user space writes to page tables, nor can it be told to drop
+    // translations (see docs/kvm.md).
+    let impossible = if kvm { Features::of(&[Feature::PageTables, Feature::TlbFlush]) } else { Features::NONE };
+    Some(PvConfig {
+        offer,
+        entry: if kvm { Entry::Port } else { Entry::Vmcall },
+        unfit: Features::of(&[Feature::VirtualIf]),
+        impossible,
+        kvm: KvmLeaves::Here,
+        ram: mem.clone(),
+        devices,
+    })
 }
 
 /// What the vCPUs of one machine share in an engine.
 pub struct EngineVm {
+    kind: EngineKind,
     mem: GuestRam,
     kvm: Option<Arc<kvm::KvmVm>>,
 }
@@ -188,12 +193,30 @@ impl EngineVm {
     ///
     /// # Errors
     /// When the host cannot support it.
-    pub fn new(kind: EngineKind, mem: GuestRam) -> Result<Self, EngineError> {
+    pub fn new(kind: EngineKind, mem: GuestRam, irqchip: IrqChip) -> Result<Self, EngineError> {
         let kvm = match kind {
             EngineKind::Bt | EngineKind::Auto => None,
-            EngineKind::Kvm => Some(kvm::KvmVm::new(mem.clone())?),
+            EngineKind::Kvm => Some(kvm::KvmVm::new(mem.clone(), irqchip)?),
         };
-        Ok(Self { mem, kvm })
+        Ok(Self { kind, mem, kvm })
+    }
+
+    /// What the paravirtual interfaces are like here, see [`paravirt`].
+    pub fn paravirt(&self, offer: Offer, devices: u32) -> Option<PvConfig> {
+        let mut pv = paravirt(self.kind, offer, &self.mem, devices)?;
+        if let Some(features) = self.kvm.as_ref().and_then(|vm| vm.own_features()) {
+            // These need to know of every interrupt or halt, which the kernel sees to by itself.
+            let blind = [Feature::VirtualIf, Feature::LazyEoi, Feature::Schedule, Feature::StolenTime];
+            pv.impossible = Features(pv.impossible.0 | Features::of(&blind).0);
+            pv.kvm = KvmLeaves::Kernel(features);
+        }
+        Some(pv)
+    }
+
+    /// The local APICs, where the engine keeps them: they are for [`crate::chipset::Chipset::use_local_apics`].
+    pub fn local_apics(&self) -> Option<Arc<dyn LocalApics>> {
+        let vm = self.kvm.as_ref().filter(|vm| vm.own_features().is_some())?;
+        Some(vm.clone())
     }
 
     /// Makes vCPU `id`, in its reset state.
@@ -208,7 +231,7 @@ impl EngineVm {
     }
 }
 
-/// Makes the only vCPU of a machine.
+/// Makes the only vCPU of a machine, whose local APIC is the chipset's.
 ///
 /// # Errors
 /// When the host cannot support it.
@@ -219,5 +242,5 @@ pub fn make(
     bus: Arc<dyn Bus>,
     info: &MachineInfo,
 ) -> Result<Box<dyn Vcpu>, EngineError> {
-    EngineVm::new(kind, mem)?.vcpu(id, bus, info)
+    EngineVm::new(kind, mem, IrqChip::User)?.vcpu(id, bus, info)
 }

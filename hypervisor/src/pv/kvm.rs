@@ -27,6 +27,8 @@ pub mod nr {
     pub const WALL_CLOCK: u32 = 0x4b56_4d00;
     /// Clock: where to keep it, and bit 0 to enable.
     pub const SYSTEM_TIME: u32 = 0x4b56_4d01;
+    /// Asynchronous page faults: where to tell of them, and bit 0 to enable. Only KVM itself has them.
+    pub const ASYNC_PF: u32 = 0x4b56_4d02;
     /// Stolen time: where to keep it, and bit 0 to enable.
     pub const STEAL_TIME: u32 = 0x4b56_4d03;
     /// PV EOI: where the bit is, and bit 0 to enable.

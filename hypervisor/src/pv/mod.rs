@@ -77,6 +77,15 @@ pub const MAX_ELEMENTS: u32 = 4096;
 pub const MAX_TEXT: u32 = 4096;
 const _: () = assert!(MAX_ELEMENTS >= memory::LEAST_LIMIT);
 
+/// Who answers the KVM leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvmLeaves {
+    /// This module.
+    Here,
+    /// KVM itself, with the features of this word; see [`kvm`].
+    Kernel(u32),
+}
+
 /// What a machine is made with.
 pub struct PvConfig {
     /// How much is offered.
@@ -87,8 +96,8 @@ pub struct PvConfig {
     pub unfit: Features,
     /// Features that the engine cannot carry out.
     pub impossible: Features,
-    /// Whether the KVM leaves are answered here.
-    pub kvm: bool,
+    /// Who answers the KVM leaves.
+    pub kvm: KvmLeaves,
     /// Guest RAM.
     pub ram: GuestRam,
     /// How many virtio devices `Pv::add_device` will bring.
@@ -116,7 +125,10 @@ struct PvVcpu {
 /// The interfaces of one machine.
 pub struct Pv {
     offered: Features,
+    /// Features of the KVM leaves that are carried out here.
     kvm_features: u32,
+    /// Features that the KVM leaves announce.
+    kvm_leaves: u32,
     entry: Entry,
     ram: GuestRam,
     clock: Clock,
@@ -146,10 +158,16 @@ impl Pv {
             Offer::Auto => Features(implemented.0 & !cfg.unfit.0),
             Offer::All => implemented,
         };
+        let kvm_leaves = match (cfg.offer, cfg.kvm) {
+            (Offer::Off, _) => 0,
+            (_, KvmLeaves::Here) => kvm::features(),
+            (_, KvmLeaves::Kernel(features)) => features,
+        };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
         Self {
             offered,
-            kvm_features: if cfg.kvm && cfg.offer != Offer::Off { kvm::features() } else { 0 },
+            kvm_features: if cfg.kvm == KvmLeaves::Here { kvm_leaves } else { 0 },
+            kvm_leaves,
             entry: cfg.entry,
             ram: cfg.ram,
             wall_ns: now.saturating_sub(clock.ns()),
@@ -178,8 +196,8 @@ impl Pv {
                 [MAX_ELEMENTS, self.vcpus.len() as u32, MAX_TEXT, self.devices.expected()],
             ));
         }
-        if self.kvm_features != 0 {
-            leaves.extend(kvm::leaves(base + cpuid::STEP, self.kvm_features));
+        if self.kvm_leaves != 0 {
+            leaves.extend(kvm::leaves(base + cpuid::STEP, self.kvm_leaves));
         }
         leaves
     }

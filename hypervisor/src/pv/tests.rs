@@ -90,7 +90,7 @@ impl Guest {
             entry: Entry::Vmcall,
             unfit: Features::NONE,
             impossible: Features::NONE,
-            kvm: true,
+            kvm: super::KvmLeaves::Here,
             ram: ram.clone(),
             devices: 1,
         };

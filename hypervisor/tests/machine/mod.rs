@@ -5,7 +5,7 @@
 use paravane::chipset::{Chipset, ChipsetConfig};
 use paravane::config::parse_size;
 use paravane::devices::lapic;
-use paravane::engine::{self, EngineError, EngineKind, EngineVm, MachineInfo, Vcpu, Windows};
+use paravane::engine::{EngineError, EngineKind, EngineVm, IrqChip, MachineInfo, Vcpu, Windows};
 use paravane::memory::{self, GuestRam};
 use paravane::pv::Offer;
 use paravane::tsc;
@@ -138,6 +138,19 @@ impl Machine {
         handler: &[u8],
         offer: Offer,
     ) -> Result<Self, EngineError> {
+        Self::with_irqchip(kind, IrqChip::User, cpus, code, others, handler, offer)
+    }
+
+    /// The same with local APICs where `irqchip` says.
+    pub fn with_irqchip(
+        kind: EngineKind,
+        irqchip: IrqChip,
+        cpus: u32,
+        code: &[u8],
+        others: &[u8],
+        handler: &[u8],
+        offer: Offer,
+    ) -> Result<Self, EngineError> {
         let mem = memory::create(parse_size("8M").unwrap()).unwrap();
         let put = |gpa: u64, v: u64| mem.write_obj(v, GuestAddress(gpa)).unwrap();
         // 4 GiB one to one in pages of 2 MiB.
@@ -159,11 +172,11 @@ impl Machine {
         put(GDTR, 0x37 | GDT << 16);
         put(GDTR + 16, 0xfff | IDT << 16);
         let console = Console::default();
-        let pv = engine::paravirt(kind, offer, &mem, 0);
+        let vm = EngineVm::new(kind, mem.clone(), irqchip)?;
+        let pv = vm.paravirt(offer, 0);
         let chipset =
             Chipset::new(ChipsetConfig { cpus, debug_exit: true, serial: Box::new(console.clone()), pv }).unwrap();
         let tsc_khz = tsc::tsc_khz();
-        let vm = EngineVm::new(kind, mem.clone())?;
         let make = |n| {
             let info = MachineInfo {
                 cpus,
@@ -177,6 +190,7 @@ impl Machine {
             Ok::<_, EngineError>(vcpu)
         };
         let mut vcpu = make(0)?;
+        chipset.use_local_apics(vm.local_apics());
         let mut others = (1..cpus).map(make).collect::<Result<Vec<_>, _>>()?;
         others.iter_mut().for_each(|v| v.state_mut().init());
         let st = vcpu.state_mut();

@@ -1,12 +1,13 @@
 //! Hardware assist: guest code runs on the CPU itself, in a virtual machine that the host kernel's KVM keeps.
 //!
 //! The machine is the one that binary translation runs: the same RAM, given to KVM as memory slots; the same devices, which the exits for
-//! port I/O and MMIO lead to; the same local APIC. What differs is who executes instructions.
+//! port I/O and MMIO lead to; the same local APIC, unless it is left to the kernel ([`IrqChip`]). What differs is who executes instructions.
 //!
 //! | file | what |
 //! |---|---|
 //! | `vcpu` | the run loop and the exits |
 //! | `run_page` | the page shared with KVM, KVM_RUN, kicks |
+//! | `split` | local APICs in the kernel |
 //! | `state` | `CpuState` to and from KVM |
 //! | `cpuid` | the machine's CPUID, less what KVM cannot do |
 //! | `env` | the environment for MSRs that KVM leaves to us |
@@ -24,6 +25,7 @@ mod cpuid;
 mod env;
 mod report;
 mod run_page;
+mod split;
 mod state;
 mod stats;
 mod vcpu;
@@ -43,7 +45,8 @@ use paravane_cpu::msr::nr;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Doorbells, MachineInfo, Place, Vcpu};
+use super::{Doorbells, IrqChip, MachineInfo, Place, Vcpu};
+use crate::devices::ioapic::PINS;
 use crate::host;
 use crate::host::cache::Cache;
 use crate::host::report::KvmKind;
@@ -111,6 +114,8 @@ pub(super) struct KvmVm {
     ram: GuestRam,
     /// KVM_CAP_XCRS.
     xcrs: bool,
+    /// Local APICs are in the kernel.
+    split: bool,
     /// It only emulates ring 0.
     emulating: bool,
     /// KVM_CAP_SYNC_REGS with general and system registers.
@@ -122,7 +127,7 @@ impl KvmVm {
     ///
     /// # Errors
     /// See [`KvmError`].
-    pub(super) fn new(ram: GuestRam) -> Result<Arc<Self>, KvmError> {
+    pub(super) fn new(ram: GuestRam, irqchip: IrqChip) -> Result<Arc<Self>, KvmError> {
         let kvm = Kvm::new().map_err(|e| opening(e.into()))?;
         if kvm.get_api_version() != kvm::KVM_API_VERSION as i32 {
             return Err(KvmError::Lacks("API version 12"));
@@ -143,7 +148,16 @@ impl KvmVm {
         let xcrs = kvm.check_extension(Cap::Xcrs);
         let wanted = (kvm::KVM_SYNC_X86_REGS | kvm::KVM_SYNC_X86_SREGS) as i32;
         let sync_regs = kvm.check_extension_int(Cap::SyncRegs) & wanted == wanted;
-        let vm = Self { kvm, fd, ram, xcrs, emulating: emulates_ring0(), sync_regs };
+        let emulating = emulates_ring0();
+        let split = match irqchip {
+            IrqChip::Auto => !emulating && kvm.check_extension(Cap::SplitIrqchip),
+            IrqChip::User => false,
+            IrqChip::Split => true,
+        };
+        let vm = Self { kvm, fd, ram, xcrs, split, emulating, sync_regs };
+        if split {
+            vm.split_irqchip()?;
+        }
         vm.add_ram()?;
         vm.fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(|e| KvmError::refused("an identity map", e))?;
         vm.fd.set_tss_address(TSS_ADDRESS).map_err(|e| KvmError::refused("a TSS address", e))?;
@@ -166,6 +180,23 @@ impl KvmVm {
         let mut cpuid = CpuidPolicy::host(&config).with_hypervisor_leaves(&info.hypervisor_leaves);
         cpuid::restrict(&self.kvm, &mut cpuid)?;
         Ok(Box::new(vcpu::KvmVcpu::new(self.clone(), id, bus, cpuid)?))
+    }
+
+    /// Puts local APICs into the kernel; before there is any vCPU.
+    fn split_irqchip(&self) -> Result<(), KvmError> {
+        if !self.kvm.check_extension(Cap::SplitIrqchip) || !self.kvm.check_extension(Cap::SignalMsi) {
+            return Err(KvmError::Lacks("KVM_CAP_SPLIT_IRQCHIP"));
+        }
+        // The argument is how many routes are I/O APIC pins.
+        self.enable(kvm::KVM_CAP_SPLIT_IRQCHIP, PINS as u64)
+            .map_err(|e| KvmError::refused("local APICs in the kernel", e))
+    }
+
+    /// What KVM's own paravirtual interface offers, where local APICs are in the kernel; else it is not used.
+    pub(super) fn own_features(&self) -> Option<u32> {
+        const FEATURES: u32 = 0x4000_0001;
+        let list = self.split.then(|| self.kvm.get_supported_cpuid(kvm::KVM_MAX_CPUID_ENTRIES).ok())??;
+        Some(list.as_slice().iter().find(|e| e.function == FEATURES).map_or(0, |e| e.eax))
     }
 
     /// Has KVM forget all that it derived from guest memory, which somebody else may have written: with shadow paging it relies on
@@ -210,14 +241,16 @@ impl KvmVm {
         // not know them, which makes an exit too.
         let both = MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE;
         let deny = |base, msr_count, flags| MsrFilterRange { flags, base, msr_count, bitmap: &[0; 32] };
-        let filter = [
-            deny(nr::APIC_BASE, 1, both),
-            deny(nr::TSC_DEADLINE, 1, both),
+        let mut filter = vec![
             // The machine must know how far the guest's TSC is from the host's.
             deny(nr::TSC, 1, MsrFilterRangeFlags::WRITE),
             deny(nr::TSC_ADJUST, 1, MsrFilterRangeFlags::WRITE),
-            deny(nr::HYPERVISOR_FIRST, nr::HYPERVISOR_LAST - nr::HYPERVISOR_FIRST + 1, both),
         ];
+        if !self.split {
+            filter.push(deny(nr::APIC_BASE, 1, both));
+            filter.push(deny(nr::TSC_DEADLINE, 1, both));
+            filter.push(deny(nr::HYPERVISOR_FIRST, nr::HYPERVISOR_LAST - nr::HYPERVISOR_FIRST + 1, both));
+        }
         self.fd
             .set_msr_filter(MsrFilterDefaultAction::ALLOW, &filter)
             .map_err(|e| KvmError::refused("a filter for MSRs", e))

@@ -383,7 +383,7 @@ pub(super) fn read(vcpu: &VcpuFd, shape: &Shape, st: &mut CpuState) -> Result<kv
     Ok(events)
 }
 
-/// Puts everything into a vCPU.
+/// Puts everything into a vCPU. `apic` is IA32_APIC_BASE and CR8, where the kernel keeps the local APIC.
 ///
 /// # Errors
 /// When this KVM cannot hold the state, as without XSAVE for a guest that uses AVX.
@@ -392,10 +392,11 @@ pub(super) fn write(
     shape: &Shape,
     st: &CpuState,
     pending: &kvm::kvm_vcpu_events,
+    apic: Option<(u64, u64)>,
 ) -> Result<(), KvmError> {
     let failed = |what| move |_| KvmError::Transfer(what);
-    let base = APIC_BASE | if st.id == 0 { APIC_BSP } else { 0 };
-    vcpu.set_sregs(&sregs_of(st, base)).map_err(failed("system registers"))?;
+    let (base, cr8) = apic.unwrap_or((APIC_BASE | if st.id == 0 { APIC_BSP } else { 0 }, 0));
+    vcpu.set_sregs(&kvm::kvm_sregs { cr8, ..sregs_of(st, base) }).map_err(failed("system registers"))?;
     vcpu.set_regs(&regs_of(st)).map_err(failed("general registers"))?;
     if shape.xcrs {
         let mut x = kvm::kvm_xcrs { nr_xcrs: 1, ..Default::default() };

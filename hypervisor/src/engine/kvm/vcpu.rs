@@ -4,6 +4,8 @@
 //! runs. Interrupts go in through KVM_INTERRUPT: when one is deliverable and KVM says that the guest can take it, it is acknowledged and
 //! injected; else KVM is asked to come back as soon as it can (the interrupt window).
 //!
+//! With local APICs in the kernel ([`super::split`]) halts, start-up messages, NMIs and all interrupts but the 8259A's are the kernel's business.
+//!
 //! The architectural state lives in the kernel while the vCPU runs. [`KvmVcpu::state_mut`] fetches it, and the next run puts it back.
 #![allow(unsafe_code)] // KVM_INTERRUPT has no safe form.
 
@@ -15,7 +17,7 @@ use kvm_bindings as kvm;
 use kvm_ioctls::VcpuFd;
 use paravane_cpu::cpuid::CpuidPolicy;
 use paravane_cpu::msr::{self, nr, shift_deadline};
-use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
+use paravane_cpu::snapshot::{LapicState, StateError, VcpuSnapshot};
 use paravane_cpu::state::{AWAITS_STARTUP, rflags};
 use paravane_cpu::{Bus, BusOutcome, CpuState, Env, HypercallOutcome, Startup, VcpuExit};
 
@@ -24,7 +26,7 @@ use super::report::{self, Cause, Report};
 use super::run_page::{Exit, Io, RunPage};
 use super::state::{self, MsrMap, Shape};
 use super::stats::Stats;
-use super::{KvmError, KvmVm, cpuid};
+use super::{KvmError, KvmVm, cpuid, split};
 use crate::devices::control::Kick;
 use crate::engine::{Doorbells, EngineError, Profile, Vcpu};
 use crate::pv::HYPERCALL_PORT;
@@ -54,6 +56,8 @@ pub(super) struct KvmVcpu {
     /// What was in flight when the state was fetched.
     events: kvm::kvm_vcpu_events,
     newest: Newest,
+    /// What the kernel's local APIC is to be given together with the state, if the kernel keeps one.
+    lapic: Option<LapicState>,
     /// The guest has not been entered since the state was put into the kernel, so what the last exit said no longer holds.
     replaced: bool,
     /// Exits leave the registers in the shared page.
@@ -84,10 +88,13 @@ impl KvmVcpu {
             msrs: MsrMap::probe(&fd),
             xcrs: vm.xcrs && fd.get_xcrs().is_ok_and(|x| x.nr_xcrs > 0),
         };
+        // As firmware leaves it.
+        let lapic = if vm.split { bus.lapic_save(id) } else { None };
         Ok(Self {
             id,
             fd,
             run,
+            lapic,
             vm: vm.clone(),
             env: KvmEnv { id, ram: vm.ram.clone(), bus, cpuid: policy, stopping: false },
             shape,
@@ -128,6 +135,9 @@ impl KvmVcpu {
             self.finish()?;
             self.stats.transfers += 1;
             self.events = state::read(&self.fd, &self.shape, &mut self.st)?;
+            if self.vm.split {
+                self.halted = split::activity(&self.fd)?;
+            }
             self.st.halted = self.halted;
         }
         Ok(())
@@ -137,12 +147,32 @@ impl KvmVcpu {
     fn put(&mut self) -> Result<(), KvmError> {
         if self.newest == Newest::Here {
             self.stats.transfers += 1;
-            state::write(&self.fd, &self.shape, &self.st, &self.events)?;
+            let apic = self.local_apic()?;
+            state::write(&self.fd, &self.shape, &self.st, &self.events, apic)?;
+            if self.vm.split {
+                if let Some(lapic) = &self.lapic {
+                    split::write(&self.vm, &self.fd, lapic)?;
+                }
+                self.lapic = None;
+                split::set_activity(&self.fd, self.st.halted)?;
+            }
             self.halted = self.st.halted;
             self.newest = Newest::Kernel;
             self.replaced = true;
         }
         Ok(())
+    }
+
+    /// IA32_APIC_BASE and CR8 that the kernel is to be given with the state, where it keeps the local APIC.
+    fn local_apic(&self) -> Result<Option<(u64, u64)>, KvmError> {
+        Ok(match (&self.lapic, self.vm.split) {
+            (_, false) => None,
+            (Some(l), true) => Some((l.base, u64::from(l.tpr >> 4))),
+            (None, true) => {
+                let now = self.fd.get_sregs().map_err(|_| KvmError::Transfer("system registers"))?;
+                Some((now.apic_base, now.cr8))
+            }
+        })
     }
 
     fn run_loop(&mut self) -> Result<VcpuExit, KvmError> {
@@ -154,6 +184,17 @@ impl KvmVcpu {
             self.run.acknowledge();
             if std::mem::take(&mut self.env.stopping) || self.env.bus.stopping() {
                 return Ok(VcpuExit::Stopped);
+            }
+            if self.vm.split {
+                self.put()?;
+                self.inject()?;
+                let exit = self.run.enter(self.raw()).map_err(KvmError::Run)?;
+                (self.unfinished, self.replaced) = (false, false);
+                self.stats.exits += 1;
+                if let Next::Leave(exit) = self.serve(exit)? {
+                    return Ok(exit);
+                }
+                continue;
             }
             if let Some(message) = self.env.bus.take_startup(self.id) {
                 self.start_up(message)?;
@@ -216,8 +257,15 @@ impl KvmVcpu {
 
     /// Injects what is pending and permitted.
     fn inject(&mut self) -> Result<(), KvmError> {
-        self.take_nmi();
         let pending = self.env.bus.interrupt_pending(self.id);
+        if !self.vm.split {
+            self.take_nmi();
+        } else if pending && self.replaced {
+            // A vCPU that halts in the kernel makes no exit for a window, so ask now.
+            (self.unfinished, self.replaced) = (true, false);
+            self.finish()?;
+            self.run.acknowledge();
+        }
         if pending && !self.replaced && self.run.ready_for_interrupt() {
             if let Some(vector) = self.env.bus.interrupt_ack(self.id) {
                 let arg = kvm::kvm_interrupt { irq: vector.into() };
@@ -252,8 +300,11 @@ impl KvmVcpu {
             Exit::SystemEvent(_) => return Ok(Next::Leave(VcpuExit::Stopped)),
             Exit::InternalError(e) => return Err(self.gave_up(Cause::of(&e), &e.insn[..e.insn_len.into()])),
             Exit::EntryFailed { reason, .. } => return Err(self.gave_up(Cause::Entry(reason), &[])),
-            // Neither the kernel's local APIC nor debugging is in use here.
-            Exit::EndOfInterrupt(_) | Exit::Debug => return Err(KvmError::Unexpected(format!("{exit:?}"))),
+            Exit::EndOfInterrupt(vector) => {
+                self.stats.ends += 1;
+                self.env.bus.end_of_interrupt(vector);
+            }
+            Exit::Debug => return Err(KvmError::Unexpected(format!("{exit:?}"))),
             Exit::Other(n) => return Err(self.gave_up(Cause::Exit(n), &[])),
         }
         Ok(Next::Again)
@@ -349,6 +400,9 @@ impl KvmVcpu {
             HypercallOutcome::Done | HypercallOutcome::Resync => {}
             HypercallOutcome::Halt => {
                 self.finish()?;
+                if self.vm.split {
+                    split::set_activity(&self.fd, 1)?;
+                }
                 self.halted = 1;
             }
             HypercallOutcome::Stopping => self.env.stopping = true,
@@ -365,26 +419,41 @@ impl KvmVcpu {
         let state = s.restore(&self.env.cpuid)?;
         self.fetch()?;
         self.vm.forget_memory()?;
+        let lapic = match self.lapic.clone() {
+            None if self.vm.split => Some(split::read(&self.fd, self.id)?),
+            not_yet_put => not_yet_put,
+        };
         let before = (
             std::mem::replace(&mut *self.st, state),
             std::mem::replace(&mut self.events, state::pending(s.events.injection)),
         );
         self.newest = Newest::Here;
-        let mut lapic = s.lapic.clone();
-        if let Some(l) = &mut lapic {
-            l.tsc_deadline = shift_deadline(l.tsc_deadline, s.tsc.offset.wrapping_neg());
-        }
-        let put = self.put().map_err(EngineError::from).and_then(|()| match &lapic {
-            Some(l) if !self.env.bus.lapic_load(self.id, l) => {
-                Err(StateError::Unsupported("it comes with a local APIC, and this machine has none").into())
-            }
-            _ => Ok(()),
-        });
+        let put = if self.vm.split { self.put_with_lapic(s) } else { self.put_beside_lapic(s) };
         if put.is_err() {
             (*self.st, self.events) = before;
-            self.newest = Newest::Here;
+            (self.newest, self.lapic) = (Newest::Here, lapic);
         }
         put
+    }
+
+    /// Puts a loaded state into the kernel, and its local APIC into the machine.
+    fn put_beside_lapic(&mut self, s: &VcpuSnapshot) -> Result<(), EngineError> {
+        self.put()?;
+        let Some(mut lapic) = s.lapic.clone() else { return Ok(()) };
+        lapic.tsc_deadline = shift_deadline(lapic.tsc_deadline, s.tsc.offset.wrapping_neg());
+        if self.env.bus.lapic_load(self.id, &lapic) {
+            return Ok(());
+        }
+        Err(StateError::Unsupported("it comes with a local APIC, and this machine has none").into())
+    }
+
+    /// Puts a loaded state into the kernel, with the local APIC.
+    fn put_with_lapic(&mut self, s: &VcpuSnapshot) -> Result<(), EngineError> {
+        if let Some(l) = &s.lapic {
+            self.events.nmi.pending = l.nmi.into();
+        }
+        self.lapic = s.lapic.clone().or_else(|| self.lapic.take());
+        Ok(self.put()?)
     }
 
     /// The report for a guest that KVM cannot go on with.
@@ -414,11 +483,25 @@ impl Vcpu for KvmVcpu {
         self.fetch()?;
         let mut s = VcpuSnapshot::capture(&self.st, tsc::rdtsc());
         s.events.injection = state::injection(&self.events);
-        s.lapic = self.env.bus.lapic_save(self.id).map(|mut l| {
-            l.tsc_deadline = shift_deadline(l.tsc_deadline, self.st.tsc_offset);
+        s.lapic = if self.vm.split {
+            if split::uses_kvm_interface(&self.fd) {
+                let what =
+                    "it has parts in KVM's own paravirtual interface; run such guests with --irqchip user or --pv off";
+                return Err(StateError::Unsupported(what).into());
+            }
+            match &self.lapic {
+                Some(not_yet_put) => Some(not_yet_put.clone()),
+                None => Some(split::read(&self.fd, self.id)?),
+            }
+        } else {
+            self.env.bus.lapic_save(self.id).map(|mut l| {
+                l.tsc_deadline = shift_deadline(l.tsc_deadline, self.st.tsc_offset);
+                l
+            })
+        };
+        if let Some(l) = &mut s.lapic {
             l.nmi |= self.events.nmi.pending != 0;
-            l
-        });
+        }
         Ok(s)
     }
 
