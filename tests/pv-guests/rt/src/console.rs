@@ -47,3 +47,21 @@ pub fn exit(status: u32) -> ! {
         }
     }
 }
+
+/// A number in decimal with leading zeros, at least so many digits. Written without `core`'s own digits, which take vector registers,
+/// for which a KVM that emulates ring 0 has no emulation.
+pub struct Digits(pub u64, pub usize);
+
+impl fmt::Display for Digits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = [b'0'; 20];
+        let (mut rest, mut at) = (self.0, text.len());
+        while rest != 0 {
+            at -= 1;
+            text[at] = b'0' + (rest % 10) as u8;
+            rest /= 10;
+        }
+        let start = at.min(text.len() - self.1.clamp(1, text.len()));
+        f.write_str(core::str::from_utf8(&text[start..]).map_err(|_| fmt::Error)?)
+    }
+}
