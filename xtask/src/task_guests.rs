@@ -9,6 +9,7 @@ use crate::apt::Apt;
 use crate::debian;
 use crate::host::{self, Doing, Failure, Result};
 use crate::initramfs::{self, Programs, Purpose};
+use crate::task_measure;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -72,10 +73,16 @@ pub(crate) struct Args {
 enum What {
     /// Build a Debian 12 root disk with systemd and an SSH server, and the initramfs that starts it
     Debian,
+    /// Build what `paravane bench` runs
+    Bench,
 }
 
 /// Fetches and builds what is missing, and says where it is.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(What::Bench) = args.what {
+        println!("single operations: {}", shown(&bench()?));
+        return Ok(ExitCode::SUCCESS);
+    }
     if let Some(What::Debian) = args.what {
         let debian = debian::fetch()?;
         println!("disk: {} (boot from a copy)", shown(&debian.disk()));
@@ -91,6 +98,22 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     println!("initramfs: {} and {}", shown(&guests.shell_image()), shown(&guests.script_image()));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Builds the bare-metal guest that `paravane bench micro` runs and puts it into the cache; gives its path.
+///
+/// # Errors
+/// It cannot be built or copied.
+pub(crate) fn bench() -> Result<PathBuf> {
+    let built = task_measure::build_guest("measure-guest")?;
+    let place = host::guests_dir().join(paravane_bench::micro::GUEST);
+    let folder = place.parent().unwrap_or(&place);
+    fs::create_dir_all(folder).doing(format!("cannot create {}", shown(folder)))?;
+    // Renamed into place, so that whoever runs the old one keeps it.
+    let new = place.with_extension("new");
+    fs::copy(&built, &new).doing(format!("cannot write {}", shown(&new)))?;
+    fs::rename(&new, &place).doing(format!("cannot write {}", shown(&place)))?;
+    Ok(place)
 }
 
 /// Makes sure that all guests are in the cache.

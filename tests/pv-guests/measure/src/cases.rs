@@ -43,7 +43,6 @@ const CASES: &[Case] = &[
     case("cr3-write", &[], 100_000, tables::load_root),
     // 16 rounds of 4096.
     case("page-update", &[Feature::PageTables], 16 * 4096, tables::updates),
-    case("page-update-touch", &[Feature::PageTables], 16 * 4096, tables::updates_and_use),
     case("update-1", &[Feature::PageTables], 20_000, tables::updates_of::<1>),
     case("update-16", &[Feature::PageTables], 32_000, tables::updates_of::<16>),
     case("update-256", &[Feature::PageTables], 20 * 4096, tables::updates_of::<256>),
@@ -89,6 +88,17 @@ pub(crate) fn run_one(name: &str, form: Form, window: &Window, count: Option<u64
     measure(case, form, window, count);
 }
 
+/// Measures cases one after the other in the stock form: `NAME:COUNT,NAME:COUNT`.
+///
+/// # Panics
+/// There is no such case.
+pub(crate) fn run_list(list: &str, window: &Window) {
+    for word in list.split(',') {
+        let (name, count) = word.split_once(':').unwrap_or((word, ""));
+        run_one(name, Form::Stock, window, count.parse().ok());
+    }
+}
+
 /// Measures all cases in both forms.
 pub(crate) fn run_all(window: &Window, count: Option<u64>) {
     for case in CASES {
@@ -103,7 +113,7 @@ fn measure(case: &Case, form: Form, window: &Window, count: Option<u64>) {
     let machine = Machine::start(form, wanted);
     let there = form == Form::Stock || (!case.features.is_empty() && machine.shim.features() == wanted);
     let run = Run { machine, window, count: count.unwrap_or(case.count) };
-    let outcome = if there { (case.run)(&run) } else { Err("the machine has no such feature") };
+    let outcome = if there { (case.run)(&run) } else { Err("the hypervisor does not offer this feature of the ABI") };
     match outcome {
         Ok(timed) => {
             let (name, form) = (case.name, form.name());

@@ -60,10 +60,11 @@ impl Timed {
     }
 }
 
-/// The cycles of the pieces, each with two decimals, separated by blanks. The width depends on the number of pieces only.
+/// The cycles of the pieces, each with two decimals, each after a blank; 0 for pieces that there were not. The width is always
+/// the same.
 impl fmt::Display for Timed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for each in self.kept.iter().take(self.pieces as usize) {
+        for each in &self.kept {
             write!(f, " {}", Hundredths(*each))?;
         }
         Ok(())
@@ -92,7 +93,7 @@ pub(crate) fn repeated(count: u64, mut work: impl FnMut()) -> Outcome {
 pub(crate) fn in_pieces(count: u64, mut work: impl FnMut(u64)) -> Outcome {
     let mut timed = Timed::default();
     let piece = (count / PIECES).max(1);
-    work(piece.min(WARM_UP));
+    work(WARM_UP);
     for _ in 0..PIECES.min(count) {
         timed.add(piece, || work(piece));
     }
@@ -100,13 +101,13 @@ pub(crate) fn in_pieces(count: u64, mut work: impl FnMut(u64)) -> Outcome {
 }
 
 /// Operations of the piece that comes first.
-const WARM_UP: u64 = 2;
+const WARM_UP: u64 = 1;
 
 /// Does timed work itself: `work` gives the cycles of as many operations as it is told.
 pub(crate) fn self_timed(count: u64, mut work: impl FnMut(u64) -> u64) -> Outcome {
     let mut timed = Timed::default();
     let piece = (count / PIECES).max(1);
-    work(piece.min(WARM_UP));
+    work(WARM_UP);
     for _ in 0..PIECES.min(count) {
         timed.record(piece, work(piece));
     }

@@ -185,11 +185,12 @@ fn start(run: &Run<'_>, halts: bool) -> Result<(), &'static str> {
     }
     X2.store(u64::from(apic == Apic::X2), SeqCst);
     HALTS.store(u64::from(halts), SeqCst);
+    let before = ARRIVED.load(SeqCst);
     command(apic, INIT);
     within(run, 10_000_000, || false);
     for patience in [1_000_000, 500_000_000] {
         command(apic, START_UP);
-        if within(run, patience, || ARRIVED.load(SeqCst) != 0) {
+        if within(run, patience, || ARRIVED.load(SeqCst) != before) {
             return Ok(());
         }
     }

@@ -31,8 +31,8 @@ fn touch(window: &Window, n: usize) {
     unsafe { core::ptr::read_volatile(window.address(n) as *const u64) };
 }
 
-/// Rounds of [`PAGES`] updates, each with its invalidation, that map two pages in turn.
-fn rounds(run: &Run<'_>, mut after: impl FnMut()) -> Outcome {
+/// Rounds of [`PAGES`] updates, each with its invalidation, that map two pages in turn. Nobody uses the pages.
+pub(crate) fn updates(run: &Run<'_>) -> Outcome {
     let pages = pair();
     let rounds = run.count.div_ceil(PAGES as u64);
     let mut timed = Timed::default();
@@ -48,22 +48,9 @@ fn rounds(run: &Run<'_>, mut after: impl FnMut()) -> Outcome {
             }
             batch.flush();
             assert!(batch.refused() == 0);
-            after();
         });
     }
     Ok(timed)
-}
-
-pub(crate) fn updates(run: &Run<'_>) -> Outcome {
-    rounds(run, || {})
-}
-
-pub(crate) fn updates_and_use(run: &Run<'_>) -> Outcome {
-    rounds(run, || {
-        for n in 0..PAGES {
-            touch(run.window, n);
-        }
-    })
 }
 
 /// Updates of `N` entries one after the other, each entry with its invalidation, that are certain to have been made after the `N`th; then
