@@ -1,6 +1,8 @@
 //! Virtio devices as guests see them: a bare-metal guest with the drivers of the `virtio-drivers` crate, on each transport.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use paravane_tests::guest::{self, Engine};
@@ -34,6 +36,22 @@ impl Drop for Folder {
     }
 }
 
+/// Sends back what comes to a socket, until the test process ends.
+fn echo(path: &Path) {
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut piece = [0; 1000];
+            while let Ok(n @ 1..) = stream.read(&mut piece) {
+                if stream.write_all(&piece[..n]).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+}
+
 fn drive(engine: Engine, transport: &str) {
     if let Some(why) = engine.missing() {
         eprintln!("SKIPPED: {why}");
@@ -53,13 +71,20 @@ fn drive(engine: Engine, transport: &str) {
         format!("transport={transport}"),
         "--console".to_owned(),
         format!("file={},transport={transport}", show(&text)),
+        "--net".to_owned(),
+        format!("user,restrict=on,transport={transport}"),
+        "--vsock".to_owned(),
+        format!("cid=7,socket={},transport={transport}", show(&folder.file("vsock"))),
+        "--pv".to_owned(),
+        "all".to_owned(),
     ];
+    echo(&folder.file("vsock_1234"));
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let (status, output) = guest::run_elf(engine, &guest::devices_elf(), "", &options);
     assert_eq!(status, Some(1), "the guest ends with status 0:\n{output}");
-    // Every device passed everything twice: 6 checks of the disk, 5 of the one that is read-only, 3 of the others each.
-    assert!(output.contains("1..34"), "{output}");
-    assert_eq!(output.lines().filter(|l| l.starts_with("ok ")).count(), 34, "{output}");
+    // Every device passed everything twice: 6 checks of the disk, 5 of the one that is read-only, 4 of the sockets, 3 of the others each.
+    assert!(output.contains("1..48"), "{output}");
+    assert_eq!(output.lines().filter(|l| l.starts_with("ok ")).count(), 48, "{output}");
     assert_eq!(fs::read(&kept).unwrap(), before, "a disk that may only be read");
     let bytes = fs::read(&written).unwrap();
     assert_eq!((bytes[0], bytes[3 * 512], bytes[4 * 512 - 1]), (0x5a, 0xc3, 0xc3));
@@ -74,4 +99,24 @@ fn drivers_of_others_work_on_pci() {
 #[test]
 fn drivers_of_others_work_behind_registers_in_memory() {
     drive(Engine::Bt, "mmio");
+}
+
+#[test]
+fn drivers_of_others_work_on_the_abi() {
+    drive(Engine::Bt, "pv");
+}
+
+#[test]
+fn drivers_of_others_work_on_pci_on_kvm() {
+    drive(Engine::Kvm, "pci");
+}
+
+#[test]
+fn drivers_of_others_work_behind_registers_in_memory_on_kvm() {
+    drive(Engine::Kvm, "mmio");
+}
+
+#[test]
+fn drivers_of_others_work_on_the_abi_on_kvm() {
+    drive(Engine::Kvm, "pv");
 }

@@ -174,6 +174,11 @@ impl Guest {
         format!("/proc/{}/{file}", self.child.id())
     }
 
+    /// Kills the process, as `kill -9` does; all that it wrote is in the console then.
+    pub(crate) fn kill(&mut self) {
+        self.stop();
+    }
+
     /// Ends the process if it still runs, reaps it, and lets the readers reach the end of its output.
     fn stop(&mut self) {
         let _ = self.child.kill();

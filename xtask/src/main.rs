@@ -28,6 +28,7 @@ mod task_fuzz;
 mod task_fuzz_calls;
 mod task_fuzz_device;
 mod task_guests;
+mod task_kill_soak;
 mod task_measure;
 mod task_stress;
 mod task_test;
@@ -56,6 +57,8 @@ enum Task {
     Boots(task_boots::Args),
     /// Keep several vCPUs busy with stress-ng, or with code that the kernel patches while it runs
     Stress(task_stress::Args),
+    /// Kill the hypervisor while its guest writes, again and again, and look whether flushed data are there
+    KillSoak(task_kill_soak::Args),
     /// Try random damage for as long as you like
     Fuzz {
         #[command(subcommand)]
@@ -103,6 +106,7 @@ fn main() -> ExitCode {
         Task::Check => task_check::run(),
         Task::Guests(args) => task_guests::run(&args),
         Task::Boots(args) => task_boots::run(&args),
+        Task::KillSoak(args) => task_kill_soak::run(&args),
         Task::Fuzz { what: Fuzz::Device(args) } => task_fuzz_device::run(&args),
         Task::Stress(args) => task_stress::run(&args),
         Task::Fuzz { what: Fuzz::State(args) } => task_fuzz::run(&args),

@@ -3,7 +3,10 @@
 use crate::host::{self, Result};
 use std::process::ExitCode;
 
-/// Runs the three checks and stops at the first that fails.
+/// Bare-metal guests, in tests/.
+const GUESTS: [&str; 2] = ["guests", "device-guests"];
+
+/// Runs the checks and stops at the first that fails.
 pub(crate) fn run() -> Result<ExitCode> {
     checks()?;
     Ok(ExitCode::SUCCESS)
@@ -25,6 +28,20 @@ pub(crate) fn checks() -> Result<()> {
         "-D",
         "warnings",
     ]))?;
+    // Workspaces of their own, with compiler flags of their own in .cargo/config.toml.
+    for guests in GUESTS {
+        let folder = host::repo().join("tests").join(guests);
+        host::run(host::cargo().current_dir(&folder).args(["fmt", "--", "--check"]))?;
+        let target = host::repo().join("target/test-guests");
+        let mut clippy = host::cargo();
+        clippy
+            .current_dir(&folder)
+            .args(["clippy", "--release", "--workspace", "--locked", "--target-dir"])
+            .arg(target);
+        // The outer build's flags would replace the guest's own.
+        clippy.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
+        host::run(clippy.args(["--", "-D", "warnings"]))?;
+    }
     host::run(
         host::cargo()
             .args(["doc", "--release", "--workspace", "--no-deps", "--document-private-items", "--locked"])
