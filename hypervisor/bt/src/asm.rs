@@ -591,6 +591,11 @@ impl Asm {
         self.b(&[0x0f, 0x0b]);
     }
 
+    /// A guest instruction as it stands in the guest's code.
+    pub(crate) fn verbatim(&mut self, bytes: &[u8]) {
+        self.b(bytes);
+    }
+
     /// Appends one instruction as iced-x86 encodes it. Nothing is appended when it cannot be encoded.
     pub(crate) fn guest(&mut self, i: &Instruction) -> Result<(), IcedError> {
         let mark = self.buf.len();

@@ -163,6 +163,8 @@ pub(crate) struct Engine {
 
     pub(crate) code: CodeMemory,
     pub(crate) tables: Tables,
+    /// The block that Rust code last led to.
+    pub(crate) entered: BlockId,
     pub(crate) map: WordMap<Key, BlockId>,
     /// Pages that hold translated code.
     pub(crate) pages: WordMap<u64, CodePage>,
@@ -274,6 +276,7 @@ impl Engine {
             emulated: vec![0; Mnemonic::values().len()],
             code: CodeMemory::new(cfg.cache_bytes.clamp(1 << 20, 1 << 30))?,
             tables: Tables::default(),
+            entered: 0,
             map: WordMap::default(),
             pages: WordMap::default(),
             mailbox,

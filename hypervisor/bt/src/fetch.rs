@@ -168,6 +168,7 @@ impl Engine {
         let (key, second) = (b.key, b.second_page);
         let crosses = second.is_some();
         let target = self.code.address(b.entry);
+        self.entered = id;
         if key.mode.has(Mode::WINDOW) {
             self.note_window_code(key.rip & !0xfff, key.gpa & !0xfff);
             if let Some(second) = second {
@@ -324,6 +325,7 @@ impl Engine {
         let mut decoded = std::mem::take(&mut self.decoded);
         let mut outcome = decode(bytes, key.rip, key.mode, &mut decoded);
         let mut joined = [0u8; 2 * MAX_LEN];
+        let mut code = bytes;
         if outcome == Decoded::NeedMore {
             let head = bytes.len().min(MAX_LEN);
             joined[..head].copy_from_slice(&bytes[bytes.len() - head..]);
@@ -345,6 +347,7 @@ impl Engine {
             }
             outcome = decode(&joined[..head + MAX_LEN], key.rip, key.mode, &mut decoded);
             decoded.truncate(1);
+            code = &joined;
             if outcome == Decoded::NeedMore {
                 // More prefixes than an instruction may have: let the invalid-instruction path report it.
                 let mut i = iced_x86::Instruction::new();
@@ -364,7 +367,7 @@ impl Engine {
         let hint = Hint { gpr: &self.cpu().gpr, low: self.window.votes > 0 };
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
-        let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, key.rip, hint)
+        let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, (key.rip, code), hint)
             .translate(&decoded, peek);
         self.decoded = decoded;
         self.window.votes = (self.window.votes + t.votes).clamp(-1000, 1000);
@@ -406,6 +409,7 @@ impl Engine {
     /// Links exit `exit` to the block that was just entered at host address `target`, if that is allowed to last.
     pub(crate) fn link(&mut self, exit: u32, target: u64) {
         let Some(entry) = self.code.offset_of(target) else { return };
+        let n = self.entered;
         let x = &self.tables.exits[exit as usize];
         let rip = x.target_rip;
         let from = &self.tables.blocks[x.block as usize];
@@ -414,8 +418,7 @@ impl Engine {
         if !from.live || mode.alone() || self.cpu().rip != rip || shared(mode) != shared(x.target_mode) {
             return;
         }
-        let n = self.tables.blocks.partition_point(|b| b.placed.hot <= entry) - 1;
-        let to = &self.tables.blocks[n];
+        let Some(to) = self.tables.blocks.get(n as usize) else { return };
         if to.entry != entry || to.key.rip != rip || !to.live {
             return;
         }
@@ -451,7 +454,7 @@ impl Engine {
         if x.linked.is_some() {
             return;
         }
-        self.attach(exit, n as BlockId);
+        self.attach(exit, n);
         self.stats.chained += 1;
     }
 

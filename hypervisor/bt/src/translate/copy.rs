@@ -23,6 +23,12 @@ const LENDERS: [H; 8] = [H::RBX, H::RSI, H::RDI, H::RBP, H(8), H(12), H(13), H(1
 impl Translator<'_> {
     /// Translates an instruction of class Copy.
     pub(crate) fn copy(&mut self, i: &Instruction, flags_live: bool) {
+        if self.mode.is64() && stays_as_it_is(i) {
+            let start = self.cur_delta() as usize;
+            if let Some(bytes) = self.bytes.get(start..start + i.len()) {
+                return self.asm.verbatim(bytes);
+            }
+        }
         let mut i = *i;
         canonical_form(&mut i);
         if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
@@ -407,6 +413,24 @@ fn required_alignment(i: &Instruction, size: u16) -> u16 {
         _ if legacy && size == 16 && unit_of(i.code()) != Unit::Integer => 16,
         _ => 0,
     }
+}
+
+/// Whether 64-bit code can have an instruction as the guest wrote it: its operands are constants and registers that live where the guest has them, and
+/// it cannot fault.
+fn stays_as_it_is(i: &Instruction) -> bool {
+    let in_place = |n: u32| match i.op_kind(n) {
+        OpKind::Register => {
+            gpr_of(i.op_register(n)).is_some_and(|(g, _)| matches!(home(g), Home::Host(h) if usize::from(h.0) == g))
+        }
+        OpKind::Immediate8 | OpKind::Immediate32 | OpKind::Immediate64 | OpKind::Immediate8to32 => true,
+        OpKind::Immediate8to64 | OpKind::Immediate32to64 => true,
+        _ => false,
+    };
+    (0..i.op_count()).all(in_place)
+        && !(i.has_rep_prefix() || i.has_repne_prefix() || i.has_lock_prefix())
+        && i.segment_prefix() == Register::None
+        && implicit_rcx(i) == (false, false)
+        && !may_fault(i)
 }
 
 /// Whether the host CPU may raise an exception at a copied instruction. Integer instructions on registers cannot, but for

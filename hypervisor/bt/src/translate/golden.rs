@@ -42,7 +42,7 @@ fn check_at(name: &str, mode: Mode, rip: u64, guest: &[u8]) {
     let mut code: Vec<Instruction> = Vec::new();
     assert_eq!(decode(guest, rip, mode, &mut code), Decoded::Ok);
     let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
-    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, rip, Hint { gpr: &[rip; 16], low: false })
+    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, (rip, guest), Hint { gpr: &[rip; 16], low: false })
         .translate(&code, None);
     asm.resolve(0);
     let mut out = String::from("guest:\n");

@@ -75,6 +75,8 @@ pub(crate) struct Translator<'a> {
     pub(crate) mode: Mode,
     pub(crate) block: BlockId,
     pub(crate) start_rip: u64,
+    /// The guest's code from there on.
+    bytes: &'a [u8],
     /// The block uses x87/SIMD registers, so they are live from its entry on.
     pub(crate) simd: bool,
     pub(crate) cur_rip: u64,
@@ -158,7 +160,7 @@ impl<'a> Translator<'a> {
         tables: &'a mut Tables,
         mode: Mode,
         block: BlockId,
-        start_rip: u64,
+        (start_rip, bytes): (u64, &'a [u8]),
         hint: window::Hint<'_>,
     ) -> Self {
         asm.clear();
@@ -170,6 +172,7 @@ impl<'a> Translator<'a> {
             mixed: mode.has(Mode::MIXED),
             block,
             start_rip,
+            bytes,
             simd: false,
             cur_rip: start_rip,
             cur_next: start_rip,

@@ -13,7 +13,7 @@ use crate::block::NO_CALLOUT;
 use crate::regs::gpr_of;
 use crate::state::{Thunk, off};
 use crate::window::STACK_STEP;
-use iced_x86::{Code, Instruction, InstructionInfoOptions, OpAccess, OpKind, Register};
+use iced_x86::{Code, Instruction, OpKind, Register};
 
 /// What is known about the stack pointer at this place of a block.
 #[derive(Default)]
@@ -47,18 +47,9 @@ fn near(d: i64) -> bool {
 }
 
 impl Translator<'_> {
-    /// How an instruction changes RSP, if it does and is not an access by RSP itself. To be asked before [`super::window::Known`] is
+    /// How an instruction that writes RSP changes it, unless it is an access by RSP itself. To be asked before [`super::window::Known`] is
     /// brought up to date.
-    pub(super) fn stack_change(&mut self, i: &Instruction) -> Option<Change> {
-        let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
-        let writes = info.used_registers().iter().any(|r| {
-            let read =
-                matches!(r.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
-            !read && gpr_of(r.register()).is_some_and(|(g, _)| g == 4)
-        });
-        if !writes {
-            return None;
-        }
+    pub(super) fn stack_change(&self, i: &Instruction) -> Option<Change> {
         let names = |n: u32| i.op_count() > n && i.op_kind(n) == OpKind::Register && i.op_register(n) == Register::RSP;
         let by = |d: i64| if near(d) { Change::Step } else { Change::Jump };
         let high = |r: Register| r.is_gpr64() && gpr_of(r).is_some_and(|(g, _)| self.known.is_high(g));

@@ -326,7 +326,8 @@ impl Translator<'_> {
     /// `flags_live` tells of the flags there.
     pub(super) fn track(&mut self, i: &Instruction, rest: &[Instruction], flags_live: bool) {
         let rsp = if self.mode.has(Mode::STACKED) { RSP } else { 0 };
-        let change = if rsp != 0 { self.stack_change(i) } else { None };
+        let written = self.written(i);
+        let change = if rsp & written != 0 { self.stack_change(i) } else { None };
         match classify(i.code()) {
             Class::Copy(_)
             | Class::Nop
@@ -347,23 +348,22 @@ impl Translator<'_> {
         }
         let high = self.kept(i, self.known.high, false);
         let low = self.kept(i, self.known.low, true);
-        let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
-        for r in info.used_registers() {
-            let writes =
-                !matches!(r.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
-            if let Some((g, _)) = gpr_of(r.register())
-                && writes
-            {
-                self.known.unchanged &= !(1 << g);
-                self.known.high &= !(1 << g);
-                self.known.low &= !(1 << g);
-            }
-        }
+        self.known.unchanged &= !written;
+        self.known.high &= !written;
+        self.known.low &= !written;
         self.known.high |= high | rsp;
         self.known.low |= low & !rsp;
         if let Some(change) = change {
             self.check_stack(change, rest, flags_live);
         }
+    }
+
+    /// The general registers that an instruction writes, or may write, in whole or in part.
+    fn written(&mut self, i: &Instruction) -> u16 {
+        let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let reads = [OpAccess::Read, OpAccess::CondRead, OpAccess::None, OpAccess::NoMemAccess];
+        let written = info.used_registers().iter().filter(|r| !reads.contains(&r.access()));
+        written.filter_map(|r| gpr_of(r.register())).fold(0, |set, (g, _)| set | 1 << g)
     }
 
     /// Registers that an instruction writes and that are checked nevertheless, of a set: those that move by a constant, which
