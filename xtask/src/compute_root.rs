@@ -6,6 +6,7 @@
 
 use crate::apt::Apt;
 use crate::cpio::Archive;
+use crate::debian::MODULES;
 use crate::host::{self, Doing, Failure, Result};
 use crate::task_guests;
 use std::fs;
@@ -239,28 +240,60 @@ pub(crate) fn pack(archive: &mut Archive, from: &Path, to: &str) -> Result<()> {
 pub(crate) fn image(bench: &Path) -> Result<PathBuf> {
     task_guests::fetch()?;
     fetch()?;
-    let busybox = root().join("bin/busybox");
+    let mut archive = base(bench)?;
+    pack(&mut archive, &root(), "compute")?;
+    store("initramfs-compute.cpio", &archive.finish())
+}
+
+/// What `paravane bench macro` needs, built and put where it looks: the programs for the host, a small image for boots,
+/// disk and network, and the image with Debian's programs.
+///
+/// # Errors
+/// Something cannot be built, fetched or written.
+pub(crate) fn for_bench() -> Result<[PathBuf; 3]> {
+    let program = build_bench()?;
+    let large = image(&program)?;
+    let guests = task_guests::fetch()?;
+    let mut archive = base(&program)?;
+    archive.folder("lib");
+    let (kernel, mut list) = (guests.modules("6.1")?.join("kernel"), String::new());
+    for module in MODULES {
+        let name = module.rsplit('/').next().unwrap_or(module);
+        let file = fs::read(kernel.join(module)).doing(format!("the kernel package holds no {module}"))?;
+        archive.file(&format!("lib/{name}"), 0o644, &file);
+        list.push_str(name);
+        list.push('\n');
+    }
+    archive.file("modules", 0o644, list.as_bytes());
+    fs::create_dir_all(host::guests_dir().join("bench")).doing("cannot create target/guests/bench")?;
+    let small = store("bench/initramfs.cpio", &archive.finish())?;
+    let programs = store("bench/programs", &fs::read(&program).doing("cannot read the benchmark's binary")?)?;
+    fs::set_permissions(&programs, fs::Permissions::from_mode(0o755)).doing("cannot set a file's permissions")?;
+    Ok([programs, small, large])
+}
+
+/// The start of every image: busybox, the benchmark's binary and the scripts.
+fn base(bench: &Path) -> Result<Archive> {
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "proc", "sbin", "sys", "tmp"] {
         archive.folder(folder);
     }
     archive.device("dev/console", 0o600, 5, 1);
     archive.device("dev/null", 0o666, 1, 3);
-    archive.file("bin/busybox", 0o755, &fs::read(busybox).doing("cannot read busybox")?);
+    archive.file("bin/busybox", 0o755, &fs::read(root().join("bin/busybox")).doing("cannot read busybox")?);
     archive.file("bin/bench", 0o755, &fs::read(bench).doing("cannot read the benchmark's binary")?);
     archive.file("init", 0o755, INIT);
     archive.file("script", 0o755, SCRIPT);
-    pack(&mut archive, &root(), "compute")?;
-    store(&archive.finish())
+    Ok(archive)
 }
 
-/// Writes the image unless the cache holds the same.
-fn store(image: &[u8]) -> Result<PathBuf> {
-    let place = host::guests_dir().join("initramfs-compute.cpio");
-    if !fs::read(&place).is_ok_and(|old| old == image) {
-        let unfinished = host::guests_dir().join(format!(".initramfs-compute.cpio-{}", std::process::id()));
-        fs::write(&unfinished, image).doing("cannot write the benchmark's image")?;
-        fs::rename(&unfinished, &place).doing("cannot move the benchmark's image into place")?;
+/// Writes a file of the cache unless it is there with the same contents.
+fn store(name: &str, contents: &[u8]) -> Result<PathBuf> {
+    let place = host::guests_dir().join(name);
+    if !fs::read(&place).is_ok_and(|old| old == contents) {
+        let unfinished = host::guests_dir().join(format!(".{}-{}", name.replace('/', "-"), std::process::id()));
+        fs::write(&unfinished, contents).doing(format!("cannot write {name}"))?;
+        fs::rename(&unfinished, &place).doing(format!("cannot move {name} into place"))?;
     }
     Ok(place)
 }

@@ -24,7 +24,7 @@ fn mean(results: &Results, group: Group, pair: (Side, Side)) -> (Option<f64>, us
 
 /// Groups that have rows.
 fn groups(results: &Results) -> impl Iterator<Item = Group> {
-    Group::ALL.into_iter().filter(|group| results.rows.iter().any(|row| row.group == *group))
+    Group::COMPUTE.into_iter().filter(|group| results.rows.iter().any(|row| row.group == *group))
 }
 
 /// A time with three significant digits or more and a unit.

@@ -55,7 +55,7 @@ const PACKAGES: [&str; 17] = [
 const DISK_MIB: u32 = 1024;
 
 /// The modules that bring up a virtio disk and network card, in the order in which they need each other.
-const MODULES: [&str; 10] = [
+pub(crate) const MODULES: [&str; 10] = [
     "drivers/virtio/virtio.ko",
     "drivers/virtio/virtio_ring.ko",
     "drivers/virtio/virtio_pci_legacy_dev.ko",

@@ -70,7 +70,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         return Err(Failure::new(sentence));
     }
     // Groups in which nothing is wanted need not start.
-    let groups: Vec<_> = Group::ALL.into_iter().filter(|g| results.rows.iter().any(|row| row.group == *g)).collect();
+    let groups: Vec<_> =
+        Group::COMPUTE.into_iter().filter(|g| results.rows.iter().any(|row| row.group == *g)).collect();
     let bench = Bench { groups, ..bench };
     // Before the rounds, so that the load is what others cause.
     let machine = describe_host();
@@ -123,7 +124,7 @@ impl<'a> Bench<'a> {
             None => host::build_paravane()?,
         };
         let program = compute_root::build_bench()?;
-        let groups = if args.group.is_empty() { Group::ALL.to_vec() } else { args.group.clone() };
+        let groups = if args.group.is_empty() { Group::COMPUTE.to_vec() } else { args.group.clone() };
         let no_tcg = if args.skip_tcg {
             Some("--skip-tcg was given".to_owned())
         } else if host::has_tool("qemu-system-x86_64") {

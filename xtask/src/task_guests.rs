@@ -6,10 +6,9 @@
 //! only looks.
 
 use crate::apt::Apt;
-use crate::debian;
 use crate::host::{self, Doing, Failure, Result};
 use crate::initramfs::{self, Programs, Purpose};
-use crate::task_measure;
+use crate::{compute_root, debian, task_measure};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -73,7 +72,7 @@ pub(crate) struct Args {
 enum What {
     /// Build a Debian 12 root disk with systemd and an SSH server, and the initramfs that starts it
     Debian,
-    /// Build what `paravane bench` runs
+    /// Build what `paravane bench` measures: the bare-metal guest, the programs and the images that hold them
     Bench,
 }
 
@@ -81,6 +80,8 @@ enum What {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(What::Bench) = args.what {
         println!("single operations: {}", shown(&bench()?));
+        let [programs, small, large] = compute_root::for_bench()?;
+        println!("macro suite: {}, {} and {}", shown(&programs), shown(&small), shown(&large));
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(What::Debian) = args.what {

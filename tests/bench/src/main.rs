@@ -1,13 +1,15 @@
 //! The programs of `cargo xtask bench compute`: one static binary that runs unchanged on the host and in guests.
 //!
-//! `kernels` and `os` do the work of this binary itself, `programs` runs Debian's, and `run` times any command. Every result is a line of
+//! `kernels`, `os`, `storms` and `traffic` do the work of this binary itself, `programs` runs Debian's, and `run` times any command. Every result is a line of
 //! name, nanoseconds and checksum; whoever compares sides wants equal checksums first.
 
 mod kernels;
 mod os;
 mod programs;
 mod report;
+mod storms;
 mod sys;
+mod traffic;
 
 use clap::{Parser, Subcommand};
 use std::io;
@@ -44,6 +46,19 @@ enum Work {
         #[arg(long, default_value = "/dev/shm")]
         folder: PathBuf,
     },
+    /// Many processes, many page faults: nanoseconds per operation
+    Storms(report::Choice),
+    /// Disk and network: nanoseconds per 10^6 bytes or per request
+    Traffic {
+        #[command(flatten)]
+        choice: report::Choice,
+        /// A block device or a file of some MiB; its contents are lost
+        #[arg(long)]
+        disk: PathBuf,
+        /// ADDRESS:PORT of the benchmark's server
+        #[arg(long)]
+        server: String,
+    },
     /// Any command: nanoseconds per run, with the checksum of its output
     Run {
         /// The name of the row
@@ -68,11 +83,15 @@ fn main() -> ExitCode {
         Work::Kernels(choice) => sys::pin().and_then(|()| kernels::run(&choice)),
         Work::Os { choice, folder } => sys::pin().and_then(|()| os::run(&choice, &folder)),
         Work::Programs { choice, root, folder } => sys::pin().and_then(|()| programs::run(&choice, &root, &folder)),
+        Work::Storms(choice) => sys::pin().and_then(|()| storms::run(&choice)),
+        Work::Traffic { choice, disk, server } => traffic::run(&choice, &disk, &server),
         Work::Run { name, folder, command } => sys::pin().and_then(|()| programs::run_one(&name, &command, &folder)),
         Work::List => {
             kernels::names().for_each(|name| println!("kernels\t{name}"));
             os::names().for_each(|name| println!("os\t{name}"));
             programs::names().for_each(|name| println!("programs\t{name}"));
+            storms::names().for_each(|name| println!("storms\t{name}"));
+            traffic::NAMES.iter().for_each(|name| println!("traffic\t{name}"));
             Ok(())
         }
         Work::Clock => {
