@@ -8,7 +8,7 @@
 mod machine;
 
 use machine::Machine;
-use paravane::engine::EngineKind;
+use paravane::engine::{EngineKind, IrqChip};
 use paravane::pv::Offer;
 use paravane::running::drive;
 use paravane::tsc;
@@ -53,10 +53,11 @@ measured!(halt, 200, [], "mov dword ptr [r14 + 0x380], 300000", "sti", "hlt", "c
 guest!(handler, "inc qword ptr [rsi]", "mov dword ptr [r14 + 0xb0], 0", "iretq");
 
 /// Nanoseconds per round and what was counted in one run, or why not.
-fn run(kind: EngineKind, code: &[u8], rounds: u64, counter: &str) -> Result<(f64, u64), String> {
+fn run((kind, irqchip): (EngineKind, IrqChip), code: &[u8], rounds: u64, counter: &str) -> Result<(f64, u64), String> {
     let mut best = (f64::INFINITY, 0);
     for _ in 0..5 {
-        let mut m = Machine::new(kind, code, handler(), Offer::All).map_err(|e| e.to_string())?;
+        let mut m =
+            Machine::with_irqchip(kind, irqchip, 1, code, &[], handler(), Offer::All).map_err(|e| e.to_string())?;
         drive(0, &mut *m.vcpu, &m.chipset).map_err(|e| e.to_string())?;
         let ticks = m.answer(2).wrapping_sub(m.answer(1));
         let ns = ticks as f64 * 1e6 / f64::from(tsc::tsc_khz()) / rounds as f64;
@@ -67,36 +68,43 @@ fn run(kind: EngineKind, code: &[u8], rounds: u64, counter: &str) -> Result<(f64
     Ok(best)
 }
 
-/// Name, code for KVM and BT, rounds, the counter to show, nanoseconds to take off.
-type Kind = (&'static str, [&'static [u8]; 2], u64, &'static str, f64);
+/// Name, code for KVM (twice) and BT, rounds, the counter to show, nanoseconds to take off.
+type Kind = (&'static str, [&'static [u8]; 3], u64, &'static str, f64);
 
 fn main() {
-    let engines = [EngineKind::Kvm, EngineKind::Bt];
+    let engines =
+        [(EngineKind::Kvm, IrqChip::User), (EngineKind::Kvm, IrqChip::Split), (EngineKind::Bt, IrqChip::User)];
     let empty = engines.map(|k| run(k, nothing(), 2000, "").map(|r| r.0));
     if let Err(e) = &empty[0] {
         println!("KVM is left out: {e}");
     }
-    println!("{:<22}{:>14}{:>10}{:>14}{:>10}", "kind", "KVM ns", "exits", "BT ns", "count");
+    println!(
+        "{:<22}{:>12}{:>8}{:>12}{:>8}{:>12}{:>8}",
+        "kind", "KVM ns", "exits", "split ns", "exits", "BT ns", "count"
+    );
     let cell = |r: Result<f64, String>| r.map_or("-".into(), |ns| format!("{ns:.0}"));
-    println!("{:<22}{:>14}{:>10}{:>14}", "nop, dec, jnz", cell(empty[0].clone()), "", cell(empty[1].clone()));
+    print!("{:<22}", "nop, dec, jnz");
+    empty.iter().for_each(|e| print!("{:>12}{:>8}", cell(e.clone()), ""));
+    println!();
     let kinds: [Kind; 9] = [
-        ("port write", [pio_write(); 2], 2000, "port writes", 0.0),
-        ("port read", [pio_read(); 2], 2000, "port reads", 0.0),
-        ("MMIO write", [mmio_write(); 2], 2000, "MMIO writes", 0.0),
-        ("MMIO read", [mmio_read(); 2], 2000, "MMIO reads", 0.0),
-        ("local APIC write", [apic_write(); 2], 2000, "MMIO writes", 0.0),
-        ("MSR read (APIC's)", [msr_read(); 2], 2000, "MSR reads", 0.0),
-        ("hypercall", [call_port(), call_vmcall()], 2000, "hypercalls", 0.0),
-        ("interrupt to oneself", [interrupt(); 2], 2000, "interrupts delivered", 0.0),
-        ("halt, past deadline", [halt(); 2], 200, "halts", 300_000.0),
+        ("port write", [pio_write(); 3], 2000, "port writes", 0.0),
+        ("port read", [pio_read(); 3], 2000, "port reads", 0.0),
+        ("MMIO write", [mmio_write(); 3], 2000, "MMIO writes", 0.0),
+        ("MMIO read", [mmio_read(); 3], 2000, "MMIO reads", 0.0),
+        ("local APIC write", [apic_write(); 3], 2000, "MMIO writes", 0.0),
+        ("MSR read (APIC's)", [msr_read(); 3], 2000, "MSR reads", 0.0),
+        ("hypercall", [call_port(), call_port(), call_vmcall()], 2000, "hypercalls", 0.0),
+        ("interrupt to oneself", [interrupt(); 3], 2000, "interrupts delivered", 0.0),
+        ("halt, past deadline", [halt(); 3], 200, "halts", 300_000.0),
     ];
     for (name, code, rounds, counter, off) in kinds {
-        let cells: Vec<_> = (0..2)
-            .map(|n| match (run(engines[n], code[n], rounds, counter), &empty[n]) {
-                (Ok((ns, count)), Ok(e)) => (format!("{:.0}", ns - e - off), count.to_string()),
-                _ => ("-".into(), "-".into()),
-            })
-            .collect();
-        println!("{name:<22}{:>14}{:>10}{:>14}{:>10}", cells[0].0, cells[0].1, cells[1].0, cells[1].1);
+        print!("{name:<22}");
+        for n in 0..engines.len() {
+            match (run(engines[n], code[n], rounds, counter), &empty[n]) {
+                (Ok((ns, count)), Ok(e)) => print!("{:>12.0}{count:>8}", ns - e - off),
+                _ => print!("{:>12}{:>8}", "-", "-"),
+            }
+        }
+        println!();
     }
 }

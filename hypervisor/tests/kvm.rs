@@ -9,7 +9,7 @@ use common::{Scratch, finish, out, pvh, run};
 use machine::Machine;
 use paravane::devices::control::StopCause;
 use paravane::engine::kvm::{self, Cause, KvmError};
-use paravane::engine::{EngineError, EngineKind, Place};
+use paravane::engine::{EngineError, EngineKind, IrqChip, Place};
 use paravane::pv::{HYPERCALL_PORT, Offer};
 use paravane::running::{Driven, RunningVcpu, drive};
 use pv_abi::call::{Call, Error};
@@ -367,4 +367,148 @@ fn kvm_out_of_reach_is_one_sentence() {
     assert_eq!(output.status.code(), Some(3), "{text}");
     let last = text.lines().last().unwrap();
     assert!(last.contains("/dev/kvm") && last.contains("--engine bt"), "{text}");
+}
+
+/// Runs a guest with local APICs in user space and in the kernel; says why not.
+fn with_both_irqchips(code: &[u8], handler: &[u8], f: impl Fn(&mut Machine, IrqChip)) {
+    for irqchip in [IrqChip::User, IrqChip::Split] {
+        match Machine::with_irqchip(EngineKind::Kvm, irqchip, 1, code, &[], handler, Offer::All) {
+            Ok(mut m) => f(&mut m, irqchip),
+            Err(e) => eprintln!("SKIPPED with {irqchip:?}: {e}"),
+        }
+    }
+}
+
+guest!(
+    level,
+    "mov dword ptr [r14 + 0xf0], 0x1ff",
+    "mov ebx, 0xfec00000",
+    // COM1's pin, level-triggered: it stays up after its first edge, so every end brings the next one.
+    "mov dword ptr [rbx], 0x19",
+    "mov dword ptr [rbx + 0x10], 0",
+    "mov dword ptr [rbx], 0x18",
+    "mov dword ptr [rbx + 0x10], 0x8040",
+    "mov edx, 0x3f9",
+    "mov al, 2",
+    "out dx, al",
+    "mov edx, 0x3f8",
+    "mov al, 0x78",
+    "out dx, al",
+    "sti",
+    "2: pause",
+    "cmp qword ptr [rsi], 5",
+    "jb 2b",
+    "cli",
+    "mov eax, 5",
+    "out 0xf4, al",
+    "hlt",
+);
+guest!(
+    level_done,
+    "inc qword ptr [rsi]",
+    "cmp qword ptr [rsi], 5",
+    "jb 2f",
+    "mov dword ptr [rbx + 0x10], 0x18040",
+    "2: mov dword ptr [r14 + 0xb0], 0",
+    "iretq",
+);
+
+/// The I/O APIC hears of the end of a level-triggered interrupt, and sends the next one while its pin is up.
+#[test]
+fn level_triggered_interrupts_come_again_after_their_end() {
+    with_both_irqchips(level(), level_done(), |m, irqchip| {
+        end(m, 5);
+        assert_eq!(m.answer(0), 5, "{irqchip:?}");
+        let ends = m.counter("ends of interrupt");
+        assert!(if irqchip == IrqChip::Split { ends >= 4 } else { ends == 0 }, "{irqchip:?}: {ends}");
+    });
+}
+
+guest!(
+    pit,
+    // The 8259A with vectors from 0x40 on and all but IRQ 0 masked, and the 8254 at 450 Hz.
+    "mov al, 0x11",
+    "out 0x20, al",
+    "mov al, 0x40",
+    "out 0x21, al",
+    "mov al, 4",
+    "out 0x21, al",
+    "mov al, 1",
+    "out 0x21, al",
+    "mov al, 0xfe",
+    "out 0x21, al",
+    "mov al, 0x34",
+    "out 0x43, al",
+    "mov al, 0x50",
+    "out 0x40, al",
+    "mov al, 0x0a",
+    "out 0x40, al",
+    "sti",
+    "2: hlt",
+    "cmp qword ptr [rsi], 10",
+    "jb 2b",
+    "cli",
+    "mov eax, 6",
+    "out 0xf4, al",
+    "hlt",
+);
+guest!(pit_done, "inc qword ptr [rsi]", "push rax", "mov al, 0x20", "out 0x20, al", "pop rax", "iretq");
+
+/// Interrupts of the 8259A reach a vCPU that halts, wherever its local APIC is.
+#[test]
+fn the_8259a_ends_halts() {
+    with_both_irqchips(pit(), pit_done(), |m, irqchip| {
+        end(m, 6);
+        assert!(m.answer(0) >= 10, "{irqchip:?}: {}", m.answer(0));
+        assert!(m.counter("interrupts delivered") >= 10, "{irqchip:?}");
+    });
+}
+
+#[test]
+fn halts_end_in_the_kernel() {
+    with_both_irqchips(halts(), tick(), |m, irqchip| {
+        end(m, 2);
+        assert_eq!(m.answer(0), 50, "{irqchip:?}");
+        let exits = m.counter("KVM exits");
+        assert!(irqchip == IrqChip::User || exits < 50, "{exits} exits");
+    });
+}
+
+guest!(
+    writes,
+    "mov rax, [0x318000]",
+    "mov [0x310000], rax",
+    // Across a page's end, and through a string instruction.
+    "mov ecx, 0x312ffc",
+    "mov [rcx], rax",
+    "mov edi, 0x320ff0",
+    "mov ecx, 32",
+    "rep stosb",
+    "mov eax, 7",
+    "out 0xf4, al",
+    "hlt",
+);
+
+/// A log of written pages has what the guest wrote and what others wrote for it, page by page, and through a hand-over.
+#[test]
+fn written_pages_are_logged() {
+    let Some(mut m) = on_kvm(writes(), &[]) else { return };
+    // Accessed and dirty bits that are set already make no writes to page tables.
+    for entry in [0x1000, 0x2000, 0x2008, 0x2010, 0x2018].into_iter().chain((0x40_0000..0x40_4000).step_by(8)) {
+        let v: u64 = m.mem.read_obj(GuestAddress(entry)).unwrap();
+        m.mem.write_obj(v | 0x60, GuestAddress(entry)).unwrap();
+    }
+    let mut log = m.vm.log_writes().unwrap();
+    assert!(m.vm.log_writes().is_err(), "one at a time");
+    assert!(log.take().unwrap().is_empty());
+    end(&mut m, 7);
+    let state = m.vcpu.save().unwrap();
+    m.vcpu.load(&state).unwrap();
+    m.mem.write_obj(1_u8, GuestAddress(0x33_0fff)).unwrap();
+    m.mem.write_slice(&[1; 8192], GuestAddress(0x34_0800)).unwrap();
+    let pages = [0x31_0000, 0x31_2000, 0x31_3000, 0x32_0000, 0x32_1000, 0x33_0000, 0x34_0000, 0x34_1000, 0x34_2000];
+    assert_eq!(log.take().unwrap(), pages);
+    assert!(log.take().unwrap().is_empty(), "each once");
+    drop(log);
+    assert!(m.vm.log_writes().is_ok());
 }

@@ -12,8 +12,10 @@ use std::time::Duration;
 pub enum Engine {
     /// Paravane's binary translation.
     Bt,
-    /// Paravane on this host's KVM.
+    /// Paravane on this host's KVM, with local APICs in user space.
     Kvm,
+    /// The same with local APICs in the kernel.
+    KvmSplit,
     /// QEMU's TCG, as an independent opinion.
     QemuTcg,
     /// QEMU on this host's KVM: what fails there too is KVM's doing and not ours.
@@ -26,15 +28,15 @@ impl Engine {
         match self {
             Self::Bt => "paravane-bt",
             Self::QemuTcg => "qemu-tcg",
-            Self::Kvm | Self::QemuKvm if host::kvm_emulates() => "emulating-kvm",
-            Self::Kvm | Self::QemuKvm => "kvm",
+            Self::Kvm | Self::KvmSplit | Self::QemuKvm if host::kvm_emulates() => "emulating-kvm",
+            Self::Kvm | Self::KvmSplit | Self::QemuKvm => "kvm",
         }
     }
 
     /// Why it cannot run here; `None` when it can.
     pub fn missing(self) -> Option<String> {
         let qemu = matches!(self, Self::QemuTcg | Self::QemuKvm) && !host::has_tool("qemu-system-x86_64");
-        let kvm = matches!(self, Self::Kvm | Self::QemuKvm);
+        let kvm = matches!(self, Self::Kvm | Self::KvmSplit | Self::QemuKvm);
         match std::fs::File::options().read(true).write(true).open("/dev/kvm") {
             _ if qemu => Some("qemu-system-x86_64 is missing; install qemu-system-x86".into()),
             Err(e) if kvm => Some(format!("/dev/kvm cannot be opened ({e})")),
@@ -122,9 +124,10 @@ pub fn run_elf(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> (
 /// The command that runs a bare-metal guest with a command line and further options for Paravane.
 pub fn command(engine: Engine, elf: &Path, cmdline: &str, options: &[&str]) -> Command {
     match engine {
-        Engine::Bt | Engine::Kvm => {
+        Engine::Bt | Engine::Kvm | Engine::KvmSplit => {
             let mut c = Command::new(host::program());
             c.args(["run", "--engine", if engine == Engine::Bt { "bt" } else { "kvm" }]);
+            c.args(["--irqchip", if engine == Engine::KvmSplit { "split" } else { "user" }]);
             c.args(["--memory", "64M", "--debug-exit", "--serial", "stdio"]);
             c.args(options).args(["--cmdline", cmdline]).arg("--kernel").arg(elf);
             c

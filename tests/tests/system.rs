@@ -47,6 +47,12 @@ fn hardware_assist() {
     check(Engine::Kvm);
 }
 
+/// Local APICs in the kernel make no difference.
+#[test]
+fn hardware_assist_with_local_apics_in_the_kernel() {
+    check(Engine::KvmSplit);
+}
+
 /// The guest's expectations hold elsewhere too, so a failure above is not the guest's own mistake.
 #[test]
 fn independent_emulator() {

@@ -69,7 +69,9 @@ impl Chipset {
             }
         } else {
             let now = irqs.clock.ns();
-            irqs.lapics.iter().for_each(|own| drop(lock(own).save(now)));
+            for own in &irqs.lapics {
+                let _ = lock(own).save(now);
+            }
         }
         drop(wired);
         for n in 0..irqs.lapics.len() as u32 {

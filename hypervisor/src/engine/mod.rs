@@ -111,6 +111,9 @@ pub enum EngineError {
     /// An option that only one engine has.
     #[error("{0} is about translated code; add --engine bt")]
     OnlyBt(&'static str),
+    /// Something that only one engine has.
+    #[error("binary translation has no such thing as {0}; add --engine kvm")]
+    OnlyKvm(&'static str),
     /// Binary translation cannot work here.
     #[error(transparent)]
     Bt(#[from] paravane_bt::BtError),
@@ -211,6 +214,17 @@ impl EngineVm {
             pv.kvm = KvmLeaves::Kernel(features);
         }
         Some(pv)
+    }
+
+    /// Starts a log of the pages that are written, by guest code, devices and everybody else who reports to the RAM's watch.
+    ///
+    /// # Errors
+    /// When the host refuses, there is such a log already, or the engine is binary translation, which has none.
+    pub fn log_writes(&self) -> Result<kvm::WriteLog, EngineError> {
+        match &self.kvm {
+            Some(vm) => Ok(kvm::WriteLog::start(vm.clone())?),
+            None => Err(EngineError::OnlyKvm("a log of written pages")),
+        }
     }
 
     /// The local APICs, where the engine keeps them: they are for [`crate::chipset::Chipset::use_local_apics`].

@@ -4,15 +4,16 @@
 //! x87 stack. *Ticks* halts in ring 0 and counts interrupts of the local APIC's timer.
 
 use paravane::chipset::{Chipset, ChipsetConfig};
+use paravane::devices::local_apics::LocalApics;
 use paravane::devices::{control::StopCause, lapic};
-use paravane::engine::{self, EngineError, EngineKind, MachineInfo, Vcpu, Windows};
+use paravane::engine::{EngineError, EngineKind, EngineVm, IrqChip, MachineInfo, Vcpu, Windows};
 use paravane::memory::{self, GuestRam};
 use paravane::tsc;
 use paravane_cpu::snapshot::{LapicState, VcpuSnapshot};
 use paravane_cpu::state::{cr0, cr4, efer, rflags};
 use paravane_cpu::{Bus, CpuState, Reg, Seg, Segment, TableReg, host_fpu};
 use std::arch::global_asm;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress};
 
 const CODE: u64 = 0x10_0000;
@@ -102,6 +103,12 @@ guest!(ticks, "2: sti", "hlt", "cli", "cmp [rsi], r15", "jb 2b", "mov eax, 0x2a"
 // The timer's handler: count, end of interrupt.
 guest!(tick, "inc qword ptr [rsi]", "mov dword ptr [r14 + 0xb0], 0", "iretq");
 
+/// An engine, and where its local APIC is.
+pub type Kind = (EngineKind, IrqChip);
+pub const BT: Kind = (EngineKind::Bt, IrqChip::User);
+pub const KVM: Kind = (EngineKind::Kvm, IrqChip::User);
+pub const SPLIT: Kind = (EngineKind::Kvm, IrqChip::Split);
+
 /// The status that both guests end with.
 pub const END: StopCause = StopCause::DebugExit(0x55);
 
@@ -111,6 +118,7 @@ pub struct Machine {
     pub chipset: Arc<Chipset>,
     pub start: VcpuSnapshot,
     windows: Windows,
+    apics: Mutex<Option<Arc<dyn LocalApics>>>,
 }
 
 fn base_state() -> CpuState {
@@ -159,7 +167,7 @@ impl Machine {
         let chipset = Chipset::new(cfg).unwrap();
         let mut start = VcpuSnapshot::capture(st, tsc::rdtsc());
         start.lapic = chipset.lapic_save(0);
-        Self { mem, chipset, start, windows }
+        Self { mem, chipset, start, windows, apics: Mutex::default() }
     }
 
     /// `rounds` iterations in ring 3, with AVX in use or not.
@@ -200,7 +208,7 @@ impl Machine {
     }
 
     /// A vCPU of this machine.
-    pub fn vcpu(&self, kind: EngineKind) -> Result<Box<dyn Vcpu>, EngineError> {
+    pub fn vcpu(&self, (kind, irqchip): Kind) -> Result<Box<dyn Vcpu>, EngineError> {
         let tsc_khz = tsc::tsc_khz();
         let info = MachineInfo {
             cpus: 1,
@@ -209,7 +217,19 @@ impl Machine {
             windows: self.windows,
             hypervisor_leaves: self.chipset.hypervisor_leaves(0, tsc_khz, lapic::BUS_HZ),
         };
-        engine::make(kind, 0, self.mem.clone(), self.chipset.clone(), &info)
+        let vm = EngineVm::new(kind, self.mem.clone(), irqchip)?;
+        *self.apics.lock().unwrap() = vm.local_apics();
+        vm.vcpu(0, self.chipset.clone(), &info)
+    }
+
+    /// Interrupts go to the newest vCPU's local APIC from now on.
+    pub fn attach_apic(&self) {
+        self.chipset.use_local_apics(self.apics.lock().unwrap().clone());
+    }
+
+    /// Interrupts stay with the chipset, for the vCPU is about to change its engine.
+    pub fn detach_apic(&self) {
+        self.chipset.use_local_apics(None);
     }
 
     /// What the guest has to show: its answers, and the table.

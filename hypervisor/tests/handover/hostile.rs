@@ -7,8 +7,8 @@
 //! `PARAVANE_FUZZ_SECONDS` makes it long (`cargo xtask fuzz state`), `PARAVANE_FUZZ_SEED` repeats one. Only binary
 //! translation is tried: a damaged state in KVM would test the host's kernel.
 
-use crate::guest::Machine;
-use paravane::engine::{EngineKind, Windows};
+use crate::guest::{BT, Machine};
+use paravane::engine::Windows;
 use paravane::running::{Driven, RunningVcpu};
 use paravane_cpu::snapshot::VcpuSnapshot;
 use serde_json::Value;
@@ -93,7 +93,7 @@ fn damage(v: &mut Value, r: &mut Random) {
 /// States in the midst of both guests.
 fn seeds() -> Vec<(Machine, VcpuSnapshot)> {
     let stopped = |m: Machine| {
-        let mut vcpu = m.vcpu(EngineKind::Bt).unwrap();
+        let mut vcpu = m.vcpu(BT).unwrap();
         vcpu.load(&m.start).unwrap();
         let running = RunningVcpu::start(0, vcpu, m.chipset.clone()).unwrap();
         std::thread::sleep(Duration::from_millis(5));
@@ -123,7 +123,7 @@ fn damaged_states_are_refused_or_run() {
     while began.elapsed() < limit || rounds < 50 {
         let n = r.below(bases.len());
         let (m, base) = &bases[n];
-        let mut vcpu = m.vcpu(EngineKind::Bt).unwrap();
+        let mut vcpu = m.vcpu(BT).unwrap();
         // The same vCPU takes state after state, so that one leaves traces for the next if it can.
         loop {
             rounds += 1;

@@ -6,8 +6,8 @@ mod guest;
 mod hostile;
 mod linux;
 
-use guest::{END, Machine};
-use paravane::engine::{EngineKind, Windows};
+use guest::{BT, END, KVM, Kind, Machine, SPLIT};
+use paravane::engine::Windows;
 use paravane::running::{Driven, RunningVcpu};
 use paravane_cpu::snapshot::{Activity, VcpuSnapshot};
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 const ROUNDS: u64 = 12_000_000;
 
 /// Whether an engine can be tried here; says so if not.
-fn present(kind: EngineKind) -> bool {
+fn present(kind: Kind) -> bool {
     match Machine::compute(1, Windows::Off, false).vcpu(kind) {
         Ok(_) => true,
         Err(e) => {
@@ -26,7 +26,7 @@ fn present(kind: EngineKind) -> bool {
 }
 
 /// Whether all these engines hold a guest that uses AVX; says so if not, and the guest then does without.
-fn hold_avx(engines: &[EngineKind]) -> bool {
+fn hold_avx(engines: &[Kind]) -> bool {
     let m = Machine::compute(1, Windows::Off, true);
     engines.iter().all(|&kind| match m.vcpu(kind).unwrap().load(&m.start) {
         Ok(()) => true,
@@ -49,11 +49,12 @@ fn timeless(s: &VcpuSnapshot) -> VcpuSnapshot {
 }
 
 /// Runs a machine to its end, handing the vCPU on from engine to engine every `every`, at most `most` times; gives the states on the way.
-fn play(m: &Machine, engines: &[EngineKind], every: Duration, most: usize) -> Vec<VcpuSnapshot> {
+fn play(m: &Machine, engines: &[Kind], every: Duration, most: usize) -> Vec<VcpuSnapshot> {
     let began = Instant::now();
     let mut states: Vec<VcpuSnapshot> = Vec::new();
     let mut vcpu = m.vcpu(engines[0]).unwrap();
     vcpu.load(&m.start).unwrap();
+    m.attach_apic();
     loop {
         assert!(began.elapsed() < Duration::from_secs(60), "the guest does not end");
         let running = RunningVcpu::start(0, vcpu, m.chipset.clone()).unwrap();
@@ -68,6 +69,7 @@ fn play(m: &Machine, engines: &[EngineKind], every: Duration, most: usize) -> Ve
             assert_eq!(m.chipset.stop_cause(), Some(END));
             return states;
         }
+        m.detach_apic();
         let saved = old.save().unwrap();
         drop(old);
         let read = VcpuSnapshot::from_json(saved.to_json().as_bytes()).unwrap();
@@ -77,16 +79,17 @@ fn play(m: &Machine, engines: &[EngineKind], every: Duration, most: usize) -> Ve
         vcpu.load(&read).unwrap();
         // What was loaded is what is there, whatever engine it is.
         assert_eq!(timeless(&vcpu.save().unwrap()), timeless(&read));
+        m.attach_apic();
     }
 }
 
-fn compute_across(engines: &[EngineKind], windows: Windows) {
+fn compute_across(engines: &[Kind], windows: Windows) {
     if !engines.iter().all(|&k| present(k)) {
         return;
     }
     let avx = hold_avx(engines);
     let reference = Machine::compute(ROUNDS, windows, avx);
-    play(&reference, &[EngineKind::Bt], Duration::ZERO, 0);
+    play(&reference, &[BT], Duration::ZERO, 0);
     let expected = reference.answer();
     assert_eq!(expected[48..56], ROUNDS.to_le_bytes(), "the x87 sum");
 
@@ -100,27 +103,27 @@ fn compute_across(engines: &[EngineKind], windows: Windows) {
 
 #[test]
 fn bt_to_bt() {
-    compute_across(&[EngineKind::Bt], Windows::Off);
+    compute_across(&[BT], Windows::Off);
 }
 
 #[test]
 fn bt_to_bt_with_windows() {
-    compute_across(&[EngineKind::Bt], Windows::Always);
+    compute_across(&[BT], Windows::Always);
 }
 
 #[test]
 fn bt_to_kvm_and_back() {
-    compute_across(&[EngineKind::Bt, EngineKind::Kvm], Windows::Off);
+    compute_across(&[BT, KVM], Windows::Off);
 }
 
 #[test]
 fn kvm_to_bt_and_back() {
-    compute_across(&[EngineKind::Kvm, EngineKind::Bt], Windows::Always);
+    compute_across(&[KVM, BT], Windows::Always);
 }
 
 #[test]
 fn kvm_to_kvm() {
-    compute_across(&[EngineKind::Kvm], Windows::Off);
+    compute_across(&[KVM], Windows::Off);
 }
 
 /// The same vCPU goes on from states that were saved in it before: what it derived from later ones must not show.
@@ -128,7 +131,7 @@ fn kvm_to_kvm() {
 fn back_to_an_earlier_state() {
     let m = Machine::compute(ROUNDS, Windows::Always, true);
     let memory = |m: &Machine| m.answer();
-    let mut vcpu = m.vcpu(EngineKind::Bt).unwrap();
+    let mut vcpu = m.vcpu(BT).unwrap();
     vcpu.load(&m.start).unwrap();
     let fresh = memory(&m);
     let running = RunningVcpu::start(0, vcpu, m.chipset.clone()).unwrap();
@@ -152,12 +155,12 @@ fn back_to_an_earlier_state() {
     assert_eq!((how, m.chipset.stop_cause()), (Driven::Stopped, Some(END)));
 
     let reference = Machine::compute(ROUNDS, Windows::Off, true);
-    play(&reference, &[EngineKind::Bt], Duration::ZERO, 0);
+    play(&reference, &[BT], Duration::ZERO, 0);
     assert!(m.answer() == reference.answer(), "an answer changed on the way");
 }
 
 /// Timer interrupts and HLT: no tick that was due gets lost, and the vCPU does not sleep on.
-fn ticks_across(engines: &[EngineKind]) {
+fn ticks_across(engines: &[Kind]) {
     if !engines.iter().all(|&k| present(k)) {
         return;
     }
@@ -172,18 +175,31 @@ fn ticks_across(engines: &[EngineKind]) {
 
 #[test]
 fn ticks_on_bt() {
-    ticks_across(&[EngineKind::Bt]);
+    ticks_across(&[BT]);
 }
 
 #[test]
 fn ticks_across_engines() {
-    ticks_across(&[EngineKind::Bt, EngineKind::Kvm]);
+    ticks_across(&[BT, KVM]);
+}
+
+/// The local APIC changes between the chipset and the kernel, with its timer running and interrupts pending.
+#[test]
+fn ticks_across_local_apics() {
+    ticks_across(&[SPLIT]);
+    ticks_across(&[BT, SPLIT]);
+    ticks_across(&[SPLIT, KVM]);
+}
+
+#[test]
+fn compute_with_the_local_apic_in_the_kernel() {
+    compute_across(&[SPLIT, BT], Windows::Off);
 }
 
 #[test]
 fn a_state_of_another_vcpu_is_refused() {
     let m = Machine::compute(1000, Windows::Off, true);
-    let mut vcpu = m.vcpu(EngineKind::Bt).unwrap();
+    let mut vcpu = m.vcpu(BT).unwrap();
     vcpu.load(&m.start).unwrap();
     let before = vcpu.save().unwrap();
     let mut other = m.start.clone();

@@ -118,6 +118,7 @@ pub struct Machine {
     pub mem: GuestRam,
     pub chipset: Arc<Chipset>,
     pub console: Console,
+    pub vm: EngineVm,
     pub vcpu: Box<dyn Vcpu>,
     /// vCPUs from 1 on, which wait for a start-up message.
     pub others: Vec<Box<dyn Vcpu>>,
@@ -209,7 +210,7 @@ impl Machine {
         st.gpr[Reg::Rsp as usize] = 0x20_0000;
         st.gpr[Reg::Rsi as usize] = ANSWER;
         st.gpr[Reg::R14 as usize] = lapic::BASE;
-        Ok(Self { mem, chipset, console, vcpu, others })
+        Ok(Self { mem, chipset, console, vm, vcpu, others })
     }
 
     /// A word of the answer.

@@ -11,6 +11,7 @@
 //! | `state` | `CpuState` to and from KVM |
 //! | `cpuid` | the machine's CPUID, less what KVM cannot do |
 //! | `env` | the environment for MSRs that KVM leaves to us |
+//! | `written` | which pages were written |
 //! | `report` | what is said when KVM cannot go on |
 //! | `stats` | counters |
 //!
@@ -29,11 +30,13 @@ mod split;
 mod state;
 mod stats;
 mod vcpu;
+mod written;
 
+use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings as kvm;
 use kvm_ioctls::{
@@ -47,6 +50,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Doorbells, IrqChip, MachineInfo, Place, Vcpu};
 use crate::devices::ioapic::PINS;
+use crate::devices::lock;
 use crate::host;
 use crate::host::cache::Cache;
 use crate::host::report::KvmKind;
@@ -54,6 +58,7 @@ use crate::host::sources::Sources;
 use crate::memory::GuestRam;
 
 pub use report::{Cause, Report};
+pub use written::WriteLog;
 
 /// Three pages that VT-x without unrestricted guests needs for real mode, in the hole below 4 GiB where nothing else is.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -114,6 +119,8 @@ pub(super) struct KvmVm {
     ram: GuestRam,
     /// KVM_CAP_XCRS.
     xcrs: bool,
+    /// Numbers of pages that a log of written pages has collected already; `None` while there is no log.
+    kept: Mutex<Option<BTreeSet<u64>>>,
     /// Local APICs are in the kernel.
     split: bool,
     /// It only emulates ring 0.
@@ -154,7 +161,7 @@ impl KvmVm {
             IrqChip::User => false,
             IrqChip::Split => true,
         };
-        let vm = Self { kvm, fd, ram, xcrs, split, emulating, sync_regs };
+        let vm = Self { kvm, fd, ram, kept: Mutex::default(), xcrs, split, emulating, sync_regs };
         if split {
             vm.split_irqchip()?;
         }
@@ -202,6 +209,7 @@ impl KvmVm {
     /// Has KVM forget all that it derived from guest memory, which somebody else may have written: with shadow paging it relies on
     /// seeing every write to a page table. No vCPU of the machine may be running: the memory is gone for a moment.
     fn forget_memory(&self) -> Result<(), KvmError> {
+        self.keep_log()?;
         for slot in 0..self.ram.num_regions() {
             let nothing = kvm::kvm_userspace_memory_region { slot: slot as u32, ..Default::default() };
             // SAFETY: takes a range away.
@@ -210,13 +218,14 @@ impl KvmVm {
         self.add_ram()
     }
 
-    /// Gives guest RAM to KVM, one slot per region.
+    /// Gives guest RAM to KVM, one slot per region, or says anew whether writes are logged.
     fn add_ram(&self) -> Result<(), KvmError> {
+        let flags = if lock(&self.kept).is_some() { kvm::KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         for (slot, region) in self.ram.iter().enumerate() {
             let at = region.get_host_address(MemoryRegionAddress(0)).map_err(|e| KvmError::refused("guest RAM", e))?;
             let slot = kvm::kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: 0,
+                flags,
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: at as u64,

@@ -28,6 +28,7 @@ use super::state::{self, MsrMap, Shape};
 use super::stats::Stats;
 use super::{KvmError, KvmVm, cpuid, split};
 use crate::devices::control::Kick;
+use crate::devices::lapic::Lapic;
 use crate::engine::{Doorbells, EngineError, Profile, Vcpu};
 use crate::pv::HYPERCALL_PORT;
 use crate::tsc;
@@ -89,7 +90,7 @@ impl KvmVcpu {
             xcrs: vm.xcrs && fd.get_xcrs().is_ok_and(|x| x.nr_xcrs > 0),
         };
         // As firmware leaves it.
-        let lapic = if vm.split { bus.lapic_save(id) } else { None };
+        let lapic = vm.split.then(|| Lapic::new(id).save(0));
         Ok(Self {
             id,
             fd,
