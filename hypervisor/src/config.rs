@@ -71,6 +71,8 @@ pub struct VmConfig {
     pub serial: SerialConfig,
     /// Virtio devices.
     pub devices: DevicesConfig,
+    /// Unix socket for commands.
+    pub control: Option<PathBuf>,
     /// QEMU-compatible debug exit at port 0xf4.
     pub debug_exit: bool,
     /// Print counters at the end.

@@ -6,6 +6,7 @@
 pub mod acpi;
 pub mod chipset;
 pub mod config;
+pub mod control_socket;
 pub mod devices;
 pub mod engine;
 

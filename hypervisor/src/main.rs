@@ -122,6 +122,9 @@ struct Run {
         value_parser = |s: &str| options::parse::<ConsoleConfig>("--console", Some("mode"), s)
     )]
     console: Option<ConsoleConfig>,
+    /// A Unix socket at which the running machine takes commands: status, balloon, pause, resume, stop (docs/devices.md)
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// Let the guest end the run with a status through port 0xf4
     #[arg(long)]
     debug_exit: bool,
@@ -201,6 +204,7 @@ fn config(r: Run) -> Result<VmConfig, ConfigError> {
         pv: r.pv,
         serial: r.serial.or(serial).unwrap_or(if on_terminal { SerialConfig::Null } else { SerialConfig::Stdio }),
         devices,
+        control: r.control.or(file.control),
         debug_exit: r.debug_exit,
         stats: r.stats,
         profile: r.profile.map(|p| if p == Path::new("-") { ReportTo::Stderr } else { ReportTo::File(p) }),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use std::io::Write;
 use virtio::Device;
-use virtio::devices::balloon::Balloon;
+use virtio::devices::balloon::{Balloon, BalloonControl};
 use virtio::devices::block::image::{Image, OpenImage, Qcow2Image, Raw};
 use virtio::devices::block::{Block, BlockOptions, MAX_QUEUES, SERIAL_LEN};
 use virtio::devices::console::{Console, Port, PortInput};
@@ -67,6 +67,8 @@ pub struct Placed {
     pub console: Option<PortInput>,
     /// Where the memory-mapped ones are, for the DSDT.
     pub mmio: Vec<MmioSlot>,
+    /// The way to the balloon, if there is one.
+    pub balloon: Option<BalloonControl>,
 }
 
 /// Makes all devices and adds them to the machine, which has not started yet. A virtio console writes to `console`.
@@ -96,7 +98,9 @@ pub fn add(
         machine.add(Box::new(Console::new(vec![port], SCREEN)), c.transport)?;
     }
     if let Some(b) = &cfg.balloon {
-        machine.add(Box::new(Balloon::new(b.size, b.deflate_on_oom, b.free_page_reporting)), b.transport)?;
+        let balloon = Balloon::new(b.size, b.deflate_on_oom, b.free_page_reporting);
+        machine.placed.balloon = Some(balloon.control());
+        machine.add(Box::new(balloon), b.transport)?;
     }
     if let Some(v) = &cfg.vsock {
         if v.cid < 3 || v.cid == u32::MAX {

@@ -12,6 +12,7 @@ use virtio::devices::console::PortInput;
 use crate::chipset::{Chipset, ChipsetConfig};
 use crate::config::devices::ConsoleConfig;
 use crate::config::{ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig};
+use crate::control_socket::{ControlSocket, Reach};
 use crate::devices::control::StopCause;
 use crate::devices::lapic;
 use crate::engine::kvm::{self, KvmError};
@@ -20,6 +21,7 @@ use crate::loader::{self, Boot, LoadError};
 use crate::output::Output;
 use crate::peripherals::{self, PeripheralError};
 use crate::profile::{self, Symbols};
+use crate::running::Driven;
 use crate::terminal::{Event, Terminal};
 use crate::{acpi, memory, running, smbios, terminal, tsc};
 
@@ -42,6 +44,14 @@ pub enum VmError {
     /// The serial output file cannot be made.
     #[error("the serial port's file \"{path}\" cannot be written ({why}); check the path and its permissions")]
     SerialFile {
+        /// Its path.
+        path: String,
+        /// The host's reason.
+        why: io::Error,
+    },
+    /// The control socket cannot be made.
+    #[error("the control socket \"{path}\" cannot be made ({why}); choose a path where nothing is yet")]
+    Control {
         /// Its path.
         path: String,
         /// The host's reason.
@@ -242,11 +252,18 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         };
         Terminal::start(interactive, input, handle)?
     };
+    let control = cfg.control.as_deref().map(|path| {
+        let (ending, chipset) = (ending.clone(), chipset.clone());
+        let reach = Reach { chipset, balloon: placed.balloon, stop: Box::new(move || ending.stop(Early::Quit)) };
+        ControlSocket::start(path, reach).map_err(|why| VmError::Control { path: path.display().to_string(), why })
+    });
+    let control = control.transpose()?;
     let began = Instant::now();
     let ran = run_vcpus(vcpus, &chipset);
     let ran_for = began.elapsed();
     // Whatever happened to the vCPU, nobody is to wait for it from here on. The first cause counts.
     chipset.stop(StopCause::Host);
+    drop(control);
     chipset.shut_down_devices();
     // Signals are still seen while the last output is on its way.
     for output in outputs {
@@ -362,8 +379,20 @@ fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> Ran {
         }
     }
     let _guard = Panicking(chipset);
-    let result = running::drive(id, &mut *vcpu, chipset).map(|_| ());
+    let result = loop {
+        match running::drive(id, &mut *vcpu, chipset) {
+            Ok(Driven::Paused) => wait_while_paused(chipset),
+            other => break other.map(|_| ()),
+        }
+    };
     Ran { result, counters: vcpu.counters(), profile: vcpu.take_profile() }
+}
+
+/// Comes back when the machine goes on or stops. Whoever resumes a machine by hand does not mind two milliseconds.
+fn wait_while_paused(chipset: &Chipset) {
+    while chipset.paused() && chipset.stop_cause().is_none() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 /// Runs all vCPUs, each on a thread of its own, until the machine stops. Gives what they leave behind, taken together.

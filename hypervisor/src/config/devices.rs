@@ -251,6 +251,8 @@ pub struct FileConfig {
     pub engine: Option<String>,
     /// `--serial`.
     pub serial: Option<String>,
+    /// `--control`.
+    pub control: Option<PathBuf>,
     /// `--disk`, repeatable.
     #[serde(default)]
     pub disk: Vec<DiskConfig>,

@@ -57,6 +57,11 @@ impl BalloonControl {
         }
     }
 
+    /// How much the guest is to give, in bytes.
+    pub fn target(&self) -> u64 {
+        u64::from(self.0.target.load(SeqCst)) * PAGE
+    }
+
     /// How much it has given by way of the balloon, as it says itself, in bytes.
     pub fn actual(&self) -> u64 {
         u64::from(self.0.actual.load(SeqCst)) * PAGE
