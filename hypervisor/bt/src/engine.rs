@@ -141,7 +141,7 @@ impl Ram {
     pub(crate) fn host(&self, gpa: u64, len: u64) -> Option<*mut u8> {
         self.regions.iter().find_map(|r| {
             let at = gpa.wrapping_sub(r.gpa);
-            (at < r.len && len <= r.len - at).then_some((r.hva + at) as *mut u8)
+            (at < r.len && len <= r.len - at).then_some(r.hva.wrapping_add(at) as *mut u8)
         })
     }
 }
