@@ -169,11 +169,11 @@ impl Bench {
         rows.sort_by_key(|row| row.group);
         let report = Report { schema: SCHEMA, host, plan, seconds: start.elapsed().as_secs_f64(), rows };
         print(&table::text(&report));
-        if let Some(file) = json {
-            write(&file, &to_json(&report))?;
-        }
-        if let Some(file) = html {
-            write(&file, &html::page(&report))?;
+        for (file, text) in [(json, to_json as fn(&Report) -> String), (html, html::page)] {
+            if let Some(file) = file {
+                write(&file, &text(&report))?;
+                print(&format!("written: {}\n", file.display()));
+            }
         }
         Ok(0)
     }
@@ -280,4 +280,105 @@ fn to_json(report: &Report) -> String {
 
 fn write(file: &Path, text: &str) -> Result<()> {
     fs::write(file, text).map_err(|e| Failure::host(format!("cannot write {}: {e}", file.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Cell, Kvm};
+    use crate::testing;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        bench: Bench,
+    }
+
+    fn parsed(words: &str) -> Bench {
+        let words = std::iter::once("bench").chain(words.split_whitespace());
+        Program::try_parse_from(words).unwrap_or_else(|e| panic!("{e}")).bench
+    }
+
+    fn unmeasured() -> Host {
+        panic!("nothing is measured here")
+    }
+
+    /// A folder of its own that goes with the test.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("paravane-bench-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).expect("a folder");
+            Self(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn options_choose_suites_and_sides() {
+        let folder = Folder::new("plan");
+        let host = Host { kvm: Kvm { text: "absent".into(), ..Kvm::default() }, ..Host::default() };
+        let plan = |words: &str| parsed(&format!("{words} --guests {}", folder.0.display())).plan(&host).expect(words);
+        let all = plan("");
+        assert_eq!((all.suites.len(), all.sides.as_slice()), (2, Side::ALL.as_slice()));
+        assert_eq!(all.runnable().collect::<Vec<_>>(), [Side::Host, Side::BtStock, Side::BtPv]);
+        assert_eq!(all.absent[&Side::KvmPv], "/dev/kvm absent");
+        let some = plan("micro --quick --engines bt --forms pv --peers none --only a,b");
+        assert_eq!((some.suites, some.sides, some.quick), (vec![Suite::Micro], vec![Side::BtPv], true));
+        assert_eq!(some.only, ["a", "b"]);
+        assert!(parsed("--peers none,qemu").plan(&host).is_err());
+        assert!(parsed("--guests /nowhere").plan(&host).is_err());
+    }
+
+    #[test]
+    fn a_missing_image_is_named_with_the_command_that_makes_it() {
+        let folder = Folder::new("images");
+        let words = format!("macro --only boot --guests {}", folder.0.display());
+        let failure = parsed(&words).run(Host::default).expect_err("nothing is there");
+        assert_eq!(failure.status(), 2);
+        let text = failure.to_string();
+        assert!(text.contains("6.1/vmlinuz") && text.contains("cargo xtask guests bench"), "{text}");
+    }
+
+    #[test]
+    fn comparisons_end_with_their_verdict_as_status() {
+        let folder = Folder::new("compare");
+        let put = |name: &str, text: &str| {
+            let path = folder.0.join(name);
+            fs::write(&path, text).expect("a file");
+            path.display().to_string()
+        };
+        let report = testing::report();
+        let mut slower = report.clone();
+        for row in &mut slower.rows {
+            for cell in row.cells.values_mut() {
+                if let Cell::Measured(measured) = cell {
+                    measured.median *= 2.0;
+                    measured.samples.iter_mut().for_each(|sample| *sample *= 2.0);
+                }
+            }
+        }
+        let a = put("a.json", &to_json(&report));
+        let b = put("b.json", &to_json(&slower));
+        let none = put("none.json", &to_json(&Report { rows: Vec::new(), ..report.clone() }));
+        let other = put("other.json", &to_json(&Report { schema: SCHEMA + 1, ..report.clone() }));
+        let bad = put("bad.json", "{}");
+        let status = |x: &str, y: &str| parsed(&format!("compare {x} {y}")).run(unmeasured);
+        assert_eq!(status(&a, &a), Ok(0));
+        assert_eq!(status(&a, &b), Ok(1));
+        assert_eq!(status(&a, &none), Ok(2));
+        for wrong in [&other, &bad, &"/nowhere".to_owned()] {
+            assert_eq!(status(&a, wrong).expect_err("no report").status(), 2);
+        }
+        let page = folder.0.join("page.html");
+        assert_eq!(parsed(&format!("show {a} --html {}", page.display())).run(unmeasured), Ok(0));
+        assert_eq!(fs::read_to_string(&page).expect("the page"), html::page(&report));
+    }
 }

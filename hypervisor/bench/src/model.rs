@@ -270,7 +270,9 @@ impl Group {
             Self::MacroSystem => "Fixed operating-system work of one process pinned to one CPU, per operation.",
             Self::MacroLoops => "Computation without system calls, per repetition.",
             Self::MacroPrograms => "Programs from Debian packages with fixed input, per run.",
-            Self::MacroIo => "Throughput; a longer bar is better here.",
+            Self::MacroIo => {
+                "Data through a virtio disk and a network card. Costs are the inverse of throughput, so that right is dearer here, too."
+            }
         }
     }
 }

@@ -21,10 +21,10 @@ const BLOCK: usize = 1 << 20;
 const REQUESTS: u64 = 8_000;
 
 /// Bytes through a connection in each direction.
-const STREAM: u64 = 128 << 20;
+const STREAM: u64 = 64 << 20;
 
 /// Times there and back.
-const TURNS: u64 = 8_000;
+const TURNS: u64 = 4_000;
 
 /// Measurements of each row, of which the quickest counts.
 const REPETITIONS: u32 = 3;

@@ -18,13 +18,7 @@ pub(super) fn group(out: &mut String, group: Group, report: &Report) {
         escape(group.about())
     );
     let everywhere = missing_everywhere(&rows, &report.plan.sides);
-    if !everywhere.is_empty() {
-        out.push_str("<ul class=\"missing\">\n");
-        for (side, reason) in &everywhere {
-            let _ = writeln!(out, "<li>{} is not among them: {}.</li>", escape(side.title()), escape(reason));
-        }
-        out.push_str("</ul>\n");
-    }
+    absent(out, &everywhere);
     let sides: Vec<_> = report.plan.sides.iter().copied().filter(|side| !everywhere.contains_key(side)).collect();
     let (relative, absolute): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(|row| row.measured(Side::Host).is_some());
     let both = !relative.is_empty() && !absolute.is_empty();
@@ -41,8 +35,19 @@ pub(super) fn group(out: &mut String, group: Group, report: &Report) {
     out.push_str("</section>\n");
 }
 
+/// Says which sides are left out of what stands here.
+pub(super) fn absent(out: &mut String, sides: &BTreeMap<Side, &str>) {
+    if !sides.is_empty() {
+        out.push_str("<ul class=\"missing\">\n");
+        for (side, reason) in sides {
+            let _ = writeln!(out, "<li>{} is not among them: {}.</li>", escape(side.title()), escape(reason));
+        }
+        out.push_str("</ul>\n");
+    }
+}
+
 /// Sides that no row of a group has, with the reason if it is the same for all.
-fn missing_everywhere<'a>(rows: &[&'a Row], sides: &[Side]) -> BTreeMap<Side, &'a str> {
+pub(super) fn missing_everywhere<'a>(rows: &[&'a Row], sides: &[Side]) -> BTreeMap<Side, &'a str> {
     let reason = |side: &Side| {
         let mut reasons = rows.iter().map(|row| match row.cells.get(side) {
             Some(Cell::Missing { reason }) => Some(reason.as_str()),

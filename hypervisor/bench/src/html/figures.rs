@@ -75,16 +75,20 @@ fn head(out: &mut String, caption: &str, corner: &str, heads: &[&str]) {
 
 /// All figures of a group.
 pub(super) fn table(out: &mut String, group: Group, report: &Report) {
-    let heads: Vec<_> = report.plan.sides.iter().map(|side| chart::short(*side)).collect();
+    let rows: Vec<_> = report.rows.iter().filter(|row| row.group == group).collect();
+    // What no row has needs no column, only a word.
+    let absent = chart::missing_everywhere(&rows, &report.plan.sides);
+    let sides: Vec<_> = report.plan.sides.iter().copied().filter(|side| !absent.contains_key(side)).collect();
+    let heads: Vec<_> = sides.iter().map(|side| chart::short(*side)).collect();
     head(out, group.title(), "Operation", &heads);
-    for row in report.rows.iter().filter(|row| row.group == group) {
+    for row in rows {
         let _ = write!(
             out,
             "<tr role=\"row\" id=\"figures-{}\"><th scope=\"row\" role=\"rowheader\">{}</th>",
             escape(&row.id),
             escape(&row.title)
         );
-        for (side, head) in report.plan.sides.iter().zip(&heads) {
+        for (side, head) in sides.iter().zip(&heads) {
             let _ = write!(out, "<td role=\"cell\" data-head=\"{}\">", escape(head));
             cell(out, row, *side);
             out.push_str("</td>");
@@ -92,6 +96,7 @@ pub(super) fn table(out: &mut String, group: Group, report: &Report) {
         out.push_str("</tr>\n");
     }
     out.push_str("</tbody></table>\n");
+    chart::absent(out, &absent);
 }
 
 fn cell(out: &mut String, row: &Row, side: Side) {
