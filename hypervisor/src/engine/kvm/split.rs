@@ -6,7 +6,7 @@
 //! - an interrupt message of a device, an I/O APIC pin or another vCPU's hypercall goes in by KVM_SIGNAL_MSI ([`KvmVm::send`]);
 //! - the I/O APIC's redirections are told as GSI routes, so that KVM knows whose end the I/O APIC waits for, and makes an exit then;
 //! - the 8259A's interrupts go in by KVM_INTERRUPT, as with everything in user space;
-//! - a vCPU's state includes the local APIC ([`read`], [`write`]), in the form that all engines share.
+//! - a vCPU's state includes the local APIC ([`read`], [`write()`]), in the form that all engines share.
 //!
 //! irqfd is not used: from a device thread of this process an eventfd is one system call, and so is KVM_SIGNAL_MSI.
 #![allow(unsafe_code)] // KVM_SET_GSI_ROUTING takes a structure of variable length, made here.
