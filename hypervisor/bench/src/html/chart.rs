@@ -7,6 +7,9 @@ use crate::table;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+/// Where an axis that shows figures begins at the latest, as a part of the least of them.
+const SHORTEST: f64 = 0.5;
+
 /// A group's section.
 pub(super) fn group(out: &mut String, group: Group, report: &Report) {
     let rows: Vec<_> = report.rows.iter().filter(|row| row.group == group).collect();
@@ -66,7 +69,9 @@ fn charts(out: &mut String, group: Group, rows: &[&Row], sides: &[Side], title: 
     }
     let axis = Axis::around(rows.iter().flat_map(|row| {
         let values = sides.iter().filter_map(move |side| position(row, *side, unit, |m| m.median));
-        values.chain(unit.is_none().then_some(1.0))
+        // The line of native is on its axis; where bars start at the left edge, the shortest is to be seen, too.
+        let room = values.clone().reduce(f64::min).map_or(1.0, |least| least * SHORTEST);
+        values.chain([if unit.is_none() { 1.0 } else { room }])
     }));
     if let Some(title) = title {
         let _ = writeln!(out, "<h3>{}</h3>", escape(title));

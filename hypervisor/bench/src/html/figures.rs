@@ -112,7 +112,7 @@ fn cell(out: &mut String, row: &Row, side: Side) {
             }
             let mut parts = Vec::new();
             for (name, value) in measured.counters.iter().filter(|(_, value)| value.abs() >= 0.005) {
-                parts.push(format!("{} {name}", table::count(*value)));
+                parts.push(format!("{name} {}", table::count(*value)));
             }
             if !parts.is_empty() {
                 let _ = write!(out, "<small class=\"counters\">{}</small>", escape(&parts.join(", ")));
