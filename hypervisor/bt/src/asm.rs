@@ -385,6 +385,11 @@ impl Asm {
         self.modrm(reg.0, m);
     }
 
+    /// `andn d, s, m` (64-bit): the bits of `m` that `s` lacks. Sets ZF by them.
+    pub(crate) fn andn_flags(&mut self, d: H, s: H, m: M) {
+        self.vex_0f38(0, 0xf2, d, s, m);
+    }
+
     /// `pext d, s, m` (64-bit).
     pub(crate) fn pext(&mut self, d: H, s: H, m: M) {
         self.vex_0f38(2, 0xf5, d, s, m);

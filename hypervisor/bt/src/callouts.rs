@@ -7,7 +7,6 @@ use crate::engine::Engine;
 use crate::profile::Cause;
 use crate::softmmu::Resolved;
 use crate::vcpu::Emulating;
-use crate::window::in_high_window;
 use iced_x86::Mnemonic;
 use paravane_cpu::cpuid::Vendor;
 use paravane_cpu::state::cr0;
@@ -101,7 +100,7 @@ impl Engine {
     /// Whether a block takes the stack pointer to be in the high window, and it is not.
     fn lost_stack(&mut self, block: u32) -> bool {
         self.tables.blocks[block as usize].key.mode.has(Mode::STACKED)
-            && !in_high_window(self.cpu().gpr[Reg::Rsp as usize])
+            && !self.window.high().contains(self.cpu().gpr[Reg::Rsp as usize])
     }
 
     /// The instruction at `rip` is about to overwrite its own block: run it in a block of its own.

@@ -255,9 +255,9 @@ impl Engine {
         st.pauses = pause_limit;
         let (mailbox, slots) = dma::Mailbox::new(memory.clone(), &mem)?;
         let ram = Ram::new(mem, &slots);
-        let window = Window::new(&memory, &ram, cfg.windows);
-        (st.high_mask, st.low_mask) = (crate::window::HIGH_MASK, crate::window::LOW_MASK);
-        st.high_back = crate::window::HIGH_DISTANCE;
+        let window = Window::new(&memory, &ram, cfg.windows, cfg.cpus);
+        (st.high_mask, st.low_mask) = (window.high().mask, crate::window::LOW_MASK);
+        st.high_back = window.high().distance;
         st.low_offset = state as u64 + crate::window::LOW_DISTANCE as u64;
         (st.high_offset, st.low_back) = (st.high_back.wrapping_neg(), st.low_offset.wrapping_neg());
         let mut e = Self {

@@ -364,7 +364,7 @@ impl Engine {
         } else {
             None
         };
-        let hint = Hint { gpr: &self.cpu().gpr, low: self.window.votes > 0 };
+        let hint = Hint { gpr: &self.cpu().gpr, low: self.window.votes > 0, high: self.window.high() };
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
         let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, (key.rip, code), hint)

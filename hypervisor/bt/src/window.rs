@@ -7,12 +7,12 @@
 //!
 //! | window | guest addresses | host addresses | prefix |
 //! |---|---|---|---|
-//! | high | 2^46 to 2^47: position-independent programs, libraries, stacks | lower by [`HIGH_DISTANCE`] | FS |
+//! | high | in 2^46 to 2^47: position-independent programs, libraries, stacks | lower by [`High::distance`] | FS |
 //! | low | below 2^32: other programs and their heaps | the vCPU's state + [`LOW_DISTANCE`] | GS |
 //!
-//! **Isolation.** Emitted code checks the base register (or the whole address) before it uses a prefix. For the high window one bit
-//! is enough: an address that has it and any higher bit too is not canonical on the host, or nothing is mapped there, once the
-//! distance is subtracted, which borrows from no higher bit. What is
+//! **Isolation.** Emitted code checks the base register (or the whole address) before it uses a prefix. For the high window
+//! [a few bits](High::mask) are enough: an address that has them and any higher bit too is not canonical on the host, or nothing is
+//! mapped there, once the distance is subtracted, which borrows from no higher bit. What is
 //! unmapped around both windows is wider than any displacement, and any sum of the constants that a block may add to a
 //! register that it has checked.
 //!
@@ -28,38 +28,33 @@
 //! slow path of the soft TLB, which walks the page tables, and maps the page here. INVLPG and its kin unmap; a flush of the
 //! whole address space makes all pages suspect, and they are compared with the page tables before user code runs again.
 //!
-//! There is one pair of windows in the process, so one address space of one vCPU can have them at a time.
+//! A vCPU has one pair of windows, and one address space of the guest can have them at a time. In a machine with one vCPU the high
+//! window is all of 2^46 to 2^47 ([`high::WHOLE`]). With several vCPUs there is no room for that many; the first ones have
+//! one of [`high::PARTS`] each, which holds what Linux puts where. What another vCPU has mapped is unmapped memory here: [`high`] sees to it.
 #![allow(unsafe_code)] // Maps memory at fixed addresses.
 
 use crate::block::{BlockId, Mode};
 use crate::engine::{Engine, Ram, WordMap};
 use crate::state::{BtState, NO_MODE};
 use crate::vcpu::{StateMemory, Windows};
+use high::Held;
+pub(crate) use high::{HIGH_SHIFT, High};
 use paravane_cpu::state::{cr4, efer};
 use paravane_cpu::{CpuState, Env, Reg, TlbFlush};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// An address belongs to the high window when this many bits shifted out leave 1. Emitted code looks at this bit alone.
-pub(crate) const HIGH_SHIFT: u8 = 46;
 /// An address belongs to the low window when this many bits shifted out leave 0.
 pub(crate) const LOW_SHIFT: u8 = 32;
-/// The bit that tells the high window.
-pub(crate) const HIGH_MASK: u64 = 1 << HIGH_SHIFT;
 /// The bits that [`LOW_SHIFT`] leaves.
 pub(crate) const LOW_MASK: u64 = !0 << LOW_SHIFT;
-/// How far below the guest's addresses the high window is.
-pub(crate) const HIGH_DISTANCE: u64 = 0x2b00_0000_0000;
 /// Where the low window begins, from the vCPU's state on.
 pub(crate) const LOW_DISTANCE: i32 = 0x4000_0000;
 /// Displacements that an access through the low window may have without a check of the sum.
 pub(crate) const LOW_DISPLACEMENTS: std::ops::RangeInclusive<i32> = -0x2000_0000..=0x2fff_ffff;
 /// What is reserved from the vCPU's state on: the state, the low window, and what its displacements can reach.
 pub(crate) const LOW_SPAN: usize = LOW_DISTANCE as usize + (1 << LOW_SHIFT) + 0x4000_0000;
-
-/// Host addresses reserved for the high window, guards included: a block adds at most 64 constants below 2^31.
-const HIGH_RESERVED: std::ops::Range<u64> = 0x14c0_0000_0000..0x5540_0000_0000;
 
 /// Set when a high window exists in this process. A signal handler then may find FS away from its place.
 pub(crate) static IN_USE: AtomicBool = AtomicBool::new(false);
@@ -69,17 +64,17 @@ pub(crate) static IN_USE: AtomicBool = AtomicBool::new(false);
 pub(crate) const STACK_STEP: i64 = 1 << 20;
 /// How far the stack pointer may be from the high window where a block of [`Mode::STACKED`] is entered: 64 steps and a displacement.
 const STACK_DRIFT: u64 = 1 << 27;
-const _: () = {
-    assert!(65 * STACK_STEP as u64 <= STACK_DRIFT);
-    // What a block may add before an access, to RSP or to a register that was copied from it, and the displacement.
-    let reach = STACK_DRIFT + 65 * (1 << 31);
-    assert!(reach < (HIGH_MASK - HIGH_DISTANCE) - HIGH_RESERVED.start);
-    assert!(reach < HIGH_RESERVED.end - (2 * HIGH_MASK - HIGH_DISTANCE));
-};
+const _: () = assert!(65 * STACK_STEP as u64 <= STACK_DRIFT);
+/// What a block may add before an access to a register that it has checked, to RSP or to one copied from it, and the displacement: it adds
+/// at most 64 constants below 2^31.
+const REACH: u64 = STACK_DRIFT + 65 * (1 << 31);
 
 /// How addresses are kept that nothing is mapped at.
 const UNMAPPED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 const PAGE: u64 = 4096;
+
+mod high;
+
 /// Mode word of a jump cache that must not be used before pending pages are seen to.
 const GATED: u32 = NO_MODE - 1;
 /// Pages around a missing one that are mapped with it, if the guest has used them.
@@ -154,6 +149,10 @@ pub(crate) struct Window {
     when: Windows,
     /// Where the state is, for the low window's place; `None` when there are no windows.
     low: Option<u64>,
+    /// The high window.
+    high: High,
+    /// Keeps its addresses.
+    held: Option<Held>,
     /// Root of the page tables (CR3's address bits) and PCID of the process that has them.
     owner: Option<(u64, u64)>,
     /// The page tables may have changed since the pages were mapped.
@@ -187,13 +186,18 @@ pub(crate) struct Window {
 }
 
 impl Window {
-    pub(crate) fn new(memory: &Arc<StateMemory>, ram: &Ram, when: Windows) -> Self {
-        let possible = when != Windows::Off && memory.span() >= LOW_SPAN && ram.has_files() && fsgsbase() && reserve();
+    /// For one of `cpus` vCPUs.
+    pub(crate) fn new(memory: &Arc<StateMemory>, ram: &Ram, when: Windows, cpus: u32) -> Self {
+        let possible = when != Windows::Off && memory.span() >= LOW_SPAN && ram.has_files() && fsgsbase();
+        let held = if possible { Held::new(cpus > 1) } else { None };
+        let possible = held.is_some();
         if possible {
             IN_USE.store(true, Ordering::SeqCst);
         }
         Self {
             when,
+            high: held.as_ref().map_or(high::WHOLE, Held::window),
+            held,
             low: possible.then_some(memory.ptr() as u64 + LOW_DISTANCE as u64),
             owner: None,
             stale: false,
@@ -214,11 +218,16 @@ impl Window {
         }
     }
 
+    /// The high window, or what would be it.
+    pub(crate) fn high(&self) -> High {
+        self.high
+    }
+
     /// Host address of a guest page, if a window covers it.
     fn host(&self, la: u64) -> Option<u64> {
         let low = self.low?;
-        if la >> HIGH_SHIFT == 1 {
-            Some(la - HIGH_DISTANCE)
+        if self.high.covers(la) {
+            Some(la - self.high.distance)
         } else if la >> LOW_SHIFT == 0 {
             Some(low + la)
         } else {
@@ -255,17 +264,17 @@ impl Window {
         self.pending.clear();
         self.maps = 0;
         let Some(low) = self.low else { return };
-        let ranges = [(HIGH_RESERVED.start, HIGH_RESERVED.end - HIGH_RESERVED.start), (low, 1 << LOW_SHIFT)];
-        for (start, len) in ranges {
-            let flags = UNMAPPED | libc::MAP_FIXED;
-            // SAFETY: exactly what was reserved; nothing but emitted code refers to memory there.
-            let r = unsafe { libc::mmap(start as *mut libc::c_void, len as usize, libc::PROT_NONE, flags, -1, 0) };
-            if r == libc::MAP_FAILED {
-                // What is still mapped must never be used again.
-                self.give_up();
-            }
+        // What is still mapped must never be used again.
+        if !self.clear_high() || !unmap(low, 1 << LOW_SHIFT) {
+            self.give_up();
         }
         self.cost += began.elapsed();
+    }
+
+    /// Unmaps all of the high window; false when the host refuses.
+    fn clear_high(&self) -> bool {
+        let distance = self.high.distance;
+        self.high.mapped.iter().all(|&(start, end)| unmap(start - distance, end - start))
     }
 
     /// An exit was linked to a block in another page: the link is good while that page stays where it is. False when that cannot be
@@ -286,6 +295,8 @@ impl Window {
     }
 
     fn give_up(&mut self) {
+        // Its addresses stay as they are: nobody else must get them.
+        std::mem::forget(self.held.take());
         self.low = None;
         self.owner = None;
         self.pages.clear();
@@ -326,21 +337,24 @@ impl Window {
     }
 }
 
-impl Drop for Window {
-    fn drop(&mut self) {
-        if self.low.take().is_some() {
-            // SAFETY: our own reservation, which only this window's vCPU used.
-            unsafe {
-                let len = HIGH_RESERVED.end - HIGH_RESERVED.start;
-                libc::munmap(HIGH_RESERVED.start as *mut libc::c_void, len as usize);
-            }
-        }
-    }
+/// Unmaps a part of a window; false when the host refuses.
+fn unmap(start: u64, len: u64) -> bool {
+    // SAFETY: callers name a part of what is reserved, their own window's alone; nothing but emitted code refers to memory there.
+    let r = unsafe {
+        let flags = UNMAPPED | libc::MAP_FIXED;
+        libc::mmap(start as *mut libc::c_void, len as usize, libc::PROT_NONE, flags, -1, 0)
+    };
+    r != libc::MAP_FAILED
 }
 
-/// Whether an address is in the high window.
-pub(crate) fn in_high_window(la: u64) -> bool {
-    la >> HIGH_SHIFT == 1
+impl Drop for Window {
+    fn drop(&mut self) {
+        // What is mapped must be gone before its addresses are somebody else's. The low window goes with the state, which may be
+        // gone already.
+        if self.low.is_some() && !self.clear_high() {
+            std::mem::forget(self.held.take());
+        }
+    }
 }
 
 /// Whether the host lets user code change the FS base (AT_HWCAP2 bit 1).
@@ -349,34 +363,9 @@ pub(crate) fn fsgsbase() -> bool {
     unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
 }
 
-/// Reserves the high window's addresses; false when anything is there already, another vCPU's window for one.
-fn reserve() -> bool {
-    let len = (HIGH_RESERVED.end - HIGH_RESERVED.start) as usize;
-    let flags = UNMAPPED | libc::MAP_FIXED_NOREPLACE;
-    // SAFETY: a fresh reservation that replaces nothing.
-    let at = unsafe { libc::mmap(HIGH_RESERVED.start as *mut libc::c_void, len, libc::PROT_NONE, flags, -1, 0) };
-    if at == libc::MAP_FAILED {
-        return false;
-    }
-    if at as u64 != HIGH_RESERVED.start {
-        // Kernels before 4.17 take the address as a hint.
-        // SAFETY: what was just mapped.
-        unsafe { libc::munmap(at, len) };
-        return false;
-    }
-    true
-}
-
 /// Whether both windows' addresses can be had; takes nothing.
 pub(crate) fn room() -> bool {
-    let high = reserve();
-    if high {
-        // SAFETY: what was just reserved, and nobody has been told of.
-        unsafe {
-            libc::munmap(HIGH_RESERVED.start as *mut libc::c_void, (HIGH_RESERVED.end - HIGH_RESERVED.start) as usize);
-        }
-    }
-    high && StateMemory::new().is_ok_and(|m| m.span() >= LOW_SPAN)
+    Held::new(false).is_some() && StateMemory::new().is_ok_and(|m| m.span() >= LOW_SPAN)
 }
 
 /// Root and PCID in effect.
@@ -419,7 +408,7 @@ impl Engine {
 
     /// Whether user code that is about to run through the windows may take its stack pointer to be in the high one.
     pub(crate) fn stack_mode(&mut self) -> u32 {
-        let stacked = in_high_window(self.cpu().gpr[Reg::Rsp as usize]);
+        let stacked = self.window.high.contains(self.cpu().gpr[Reg::Rsp as usize]);
         if self.window.stacked != stacked {
             self.window.stacked = stacked;
             // Nothing must lead back into blocks of the other kind.
@@ -437,7 +426,7 @@ impl Engine {
         }
         self.window.active = on;
         let sh = self.shared();
-        sh.window_fs = if on { HIGH_DISTANCE.wrapping_neg() } else { 0 };
+        sh.window_fs = if on { self.window.high.distance.wrapping_neg() } else { 0 };
         // SYSRET and IRETQ inside translated code go by this word.
         sh.jc_mode[Mode::VIEW_USER as usize] = NO_MODE;
         self.flush_jump_cache(Mode::VIEW_USER as usize);

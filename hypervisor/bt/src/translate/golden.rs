@@ -5,6 +5,7 @@
 use super::{Decoded, Hint, Translator, decode};
 use crate::asm::Asm;
 use crate::block::{Mode, Tables};
+use crate::window::High;
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction, InstructionInfoFactory};
 use paravane_cpu::state::{cr0, cr4, efer};
 use paravane_cpu::{CpuState, Seg, Segment};
@@ -39,10 +40,15 @@ fn check(name: &str, cpl: u8, guest: &[u8]) {
 }
 
 fn check_at(name: &str, mode: Mode, rip: u64, guest: &[u8]) {
+    check_with(name, mode, rip, guest, High::only());
+}
+
+fn check_with(name: &str, mode: Mode, rip: u64, guest: &[u8], high: High) {
     let mut code: Vec<Instruction> = Vec::new();
     assert_eq!(decode(guest, rip, mode, &mut code), Decoded::Ok);
     let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
-    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, (rip, guest), Hint { gpr: &[rip; 16], low: false })
+    let hint = Hint { gpr: &[rip; 16], low: false, high };
+    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, (rip, guest), hint)
         .translate(&code, None);
     asm.resolve(0);
     let mut out = String::from("guest:\n");
@@ -104,6 +110,14 @@ fn windows_for_position_independent_code() {
         0, 0, 0xc3,
     ];
     check_at("window-high", Mode(mode(3).0 | Mode::WINDOW), 0x5555_5555_5000, &code);
+}
+
+#[test]
+fn windows_of_one_of_several_vcpus() {
+    // mov rax, [rbx+8]; cmp rax, rdx; mov rcx, [rsi]; je +2; mov [rdi+rcx*8], rax; ret
+    let code = [0x48, 0x8b, 0x43, 8, 0x48, 0x39, 0xd0, 0x48, 0x8b, 0x0e, 0x74, 2, 0x48, 0x89, 4, 0xcf, 0xc3];
+    let mode = Mode(mode(3).0 | Mode::WINDOW | Mode::STACKED);
+    check_with("window-part", mode, 0x5555_5555_5000, &code, High::one_of_several());
 }
 
 #[test]

@@ -144,8 +144,12 @@ impl Translator<'_> {
             }
             None => a.mov(H::R11, H::GUEST_RSP),
         }
-        a.shr_flags(H::R11, crate::window::HIGH_SHIFT);
-        a.cmp_imm_flags(H::R11, 1);
+        if self.known.several_windows() {
+            a.andn_flags(H::R11, H::R11, M::gs(off::HIGH_MASK));
+        } else {
+            a.shr_flags(H::R11, crate::window::HIGH_SHIFT);
+            a.cmp_imm_flags(H::R11, 1);
+        }
         a.jcc(cc::NE, slow);
         a.bind(fine);
     }

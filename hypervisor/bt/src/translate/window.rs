@@ -10,11 +10,11 @@
 use super::classify::{Class, classify};
 use super::memory::{Access, Ea, Loc, MemOp, Slow};
 use super::{Pending, Translator};
-use crate::asm::{Base, H, Label, M, cc};
+use crate::asm::{Asm, Base, H, Label, M, cc};
 use crate::block::{FaultKind, Mode};
 use crate::regs::{Home, gpr_of, home};
 use crate::state::off;
-use crate::window::{HIGH_SHIFT, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT};
+use crate::window::{HIGH_SHIFT, High, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT};
 use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 /// One of the two windows.
@@ -75,12 +75,16 @@ pub(crate) struct Hint<'a> {
     pub(crate) gpr: &'a [u64; 16],
     /// Operands of this process are more often in the low window.
     pub(crate) low: bool,
+    /// The vCPU's high window.
+    pub(crate) high: High,
 }
 
 /// What is known about guest registers at this place of a window block.
 pub(crate) struct Known {
     gpr: [u64; 16],
     low_more_often: bool,
+    /// The vCPU's high window.
+    window: High,
     votes: i32,
     /// Registers that are as they were at the block's entry, as a bit set.
     unchanged: u16,
@@ -95,12 +99,18 @@ const RSP: u16 = 1 << 4;
 impl Known {
     pub(crate) fn at_entry(hint: Hint<'_>, stacked: bool) -> Self {
         let high = if stacked { RSP } else { 0 };
-        Self { gpr: *hint.gpr, low_more_often: hint.low, votes: 0, unchanged: u16::MAX, high, low: 0 }
+        let (low_more_often, window) = (hint.low, hint.high);
+        Self { gpr: *hint.gpr, low_more_often, window, votes: 0, unchanged: u16::MAX, high, low: 0 }
     }
 
     /// Whether a register was checked for the high window.
     pub(super) fn is_high(&self, g: usize) -> bool {
         self.high >> g & 1 != 0
+    }
+
+    /// Whether the high window is one of several, told by more than one bit.
+    pub(super) fn several_windows(&self) -> bool {
+        self.window.mask.count_ones() > 1
     }
 
     pub(crate) fn votes(&self) -> i32 {
@@ -185,7 +195,7 @@ impl Translator<'_> {
             self.asm.mov_imm(H::RCX, la);
             return Some(Region::Low.operand(M::base(H::RCX, 0)));
         }
-        if la >> HIGH_SHIFT != 1 {
+        if !self.known.window.contains(la) {
             return None;
         }
         self.asm.mov_imm(H::RCX, la);
@@ -249,6 +259,7 @@ impl Translator<'_> {
 
     /// Jumps to `fail` unless the subject lies in the window; gives the place of the jump's displacement. Clobbers RCX.
     pub(super) fn emit_check(&mut self, region: Region, subject: Subject, flags_live: bool, fail: Label) -> u32 {
+        let bits = self.known.window.mask.count_ones();
         let a = &mut self.asm;
         match subject {
             Subject::Register(h) if flags_live => {
@@ -256,7 +267,7 @@ impl Translator<'_> {
                 match region {
                     Region::High => {
                         a.pext(H::RCX, h, M::gs(off::HIGH_MASK));
-                        a.lea32(H::RCX, M::base(H::RCX, -1));
+                        a.lea32(H::RCX, M::base(H::RCX, 1 - (1 << bits)));
                     }
                     Region::Low => a.pext(H::RCX, h, M::gs(off::LOW_MASK)),
                 }
@@ -265,23 +276,27 @@ impl Translator<'_> {
                 a.bind(ok);
                 return patch;
             }
-            Subject::Register(h) if region == Region::High => {
-                a.bt_flags(h, HIGH_SHIFT);
-                return a.jump_patchable(Some(cc::NC), fail);
-            }
+            Subject::Register(h) if region == Region::High => return Self::emit_high_check(a, bits, h, fail),
             Subject::Register(h) => a.mov(H::RCX, h),
             Subject::Address(m) => a.lea(H::RCX, m),
         }
         match region {
-            Region::High => {
-                a.bt_flags(H::RCX, HIGH_SHIFT);
-                a.jump_patchable(Some(cc::NC), fail)
-            }
+            Region::High => Self::emit_high_check(a, bits, H::RCX, fail),
             Region::Low => {
                 a.shr_flags(H::RCX, LOW_SHIFT);
                 a.jump_patchable(Some(cc::NE), fail)
             }
         }
+    }
+
+    /// The check for the high window, which so many bits tell. Clobbers RCX and flags.
+    fn emit_high_check(a: &mut Asm, bits: u32, h: H, fail: Label) -> u32 {
+        if bits == 1 {
+            a.bt_flags(h, HIGH_SHIFT);
+            return a.jump_patchable(Some(cc::NC), fail);
+        }
+        a.andn_flags(H::RCX, h, M::gs(off::HIGH_MASK));
+        a.jump_patchable(Some(cc::NE), fail)
     }
 
     /// Behind the block: the same access through the other window, or on to the slow path.

@@ -137,7 +137,7 @@ fn a_stack_pointer_that_drifts_finds_no_page_beside_the_window() {
         let (far, first) = if step > 0 {
             (0x5540_0000_0000, (0x5540_0000_0000 - start) / step as u64 + 1)
         } else {
-            (0x14c0_0000_0000, (start - 0x14c0_0000_0000) / step.unsigned_abs() + 1)
+            (0x1400_0000_0000, (start - 0x1400_0000_0000) / step.unsigned_abs() + 1)
         };
         let decoy = (first..first + 8).find_map(|turns| {
             let host = start.wrapping_add((step as u64).wrapping_mul(turns));

@@ -17,6 +17,7 @@
 use paravane_bt::{BtConfig, BtVcpu, GuestRam, Windows};
 use paravane_cpu::state::{cr0, cr4, efer};
 use paravane_cpu::{Bus, BusOutcome, Reg, Seg, Segment, TableReg, VcpuExit};
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,7 +26,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// Bases of user code in the two windows. Both begin a GiB.
 pub(crate) const LOW: u64 = 0x4000_0000;
-pub(crate) const HIGH: u64 = 0x6000_0000_0000;
+pub(crate) const HIGH: u64 = 0x5600_0000_0000;
 /// From the base on: a page of data, the end of the stack, and room for what a test maps itself.
 pub(crate) const DATA: u64 = 0x10_0000;
 pub(crate) const STACK: u64 = 0x20_0000;
@@ -248,7 +249,7 @@ pub(crate) struct Guest {
     pub(crate) policy: Windows,
     pub(crate) base: u64,
     pub(crate) next_table: u64,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl Guest {
@@ -258,7 +259,12 @@ impl Guest {
 
     pub(crate) fn with_ram(policy: Windows, base: u64, code: &[u8], bytes: u64) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        eprintln!("windows {policy:?}, user code at {base:#x}");
+        Self { _turn: Some(turn), ..Self::beside(policy, base, code, bytes) }
+    }
+
+    /// A guest beside another one.
+    pub(crate) fn beside(policy: Windows, base: u64, code: &[u8], bytes: u64) -> Self {
+        eprintln!("windows {policy:?} of one of {} vCPUs, user code at {base:#x}", CPUS.get());
         // SAFETY: takes a name and a flag; a failure shows when the file is used.
         let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), libc::MFD_CLOEXEC)) };
         file.set_len(bytes).unwrap();
@@ -271,9 +277,9 @@ impl Guest {
             mmio_reads: AtomicU64::new(0),
             mmio_writes: AtomicU64::new(0),
         });
-        let config = BtConfig { windows: policy, ..BtConfig::default() };
+        let config = BtConfig { windows: policy, cpus: CPUS.get(), ..BtConfig::default() };
         let vcpu = BtVcpu::new(0, ram.0.clone(), bus.clone(), config).unwrap();
-        let mut g = Self { vcpu, ram, bus, policy, base, next_table: TABLES, _turn: turn };
+        let mut g = Self { vcpu, ram, bus, policy, base, next_table: TABLES, _turn: None };
         g.lay_out(code);
         g
     }
@@ -377,10 +383,22 @@ impl Guest {
     }
 }
 
-/// Runs a test in both windows, under both policies.
+/// Runs a test in both windows, under both policies, and with the windows of one of several vCPUs.
 pub(crate) fn everywhere(test: impl Fn(Windows, u64)) {
-    for policy in [Windows::Off, Windows::Always] {
-        test(policy, LOW);
-        test(policy, HIGH);
+    for base in [LOW, HIGH] {
+        test(Windows::Off, base);
+        test(Windows::Always, base);
+        among_several(|| test(Windows::Always, base));
     }
+}
+
+thread_local! {
+    static CPUS: Cell<u32> = const { Cell::new(1) };
+}
+
+/// Guests that are made meanwhile have vCPUs that are one of several.
+pub(crate) fn among_several(test: impl FnOnce()) {
+    CPUS.set(4);
+    test();
+    CPUS.set(1);
 }

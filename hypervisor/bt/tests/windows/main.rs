@@ -613,8 +613,8 @@ fn forbidden(base: u64, secrets: &[u64]) -> Vec<u64> {
     let states =
         starts.filter(|start| start % (2 << 20) == 0).map(|state| state.wrapping_add(0x4000_0000).wrapping_neg());
     // The high window is at a fixed distance from the guest's addresses.
-    let distances: Vec<u64> =
-        [0, 0x2b00_0000_0000, 0x2b00_0000_0000_u64.wrapping_neg()].into_iter().chain(states).collect();
+    let high = [0x2b00_0000_0000_u64, 0x2f40_0000_0000, 0x3b80_0000_0000, 0x3fc0_0000_0000];
+    let distances: Vec<u64> = [0].into_iter().chain(high).chain(high.map(u64::wrapping_neg)).chain(states).collect();
     for host in secrets {
         for distance in &distances {
             let la = host.wrapping_add(*distance);
@@ -707,4 +707,54 @@ fn low_code_reaches_nothing_of_the_host() {
 fn high_code_reaches_nothing_of_the_host() {
     probe_all(Windows::Off, HIGH);
     probe_all(Windows::Always, HIGH);
+}
+
+/// The same with the windows of one of several vCPUs.
+#[test]
+fn code_on_one_of_several_vcpus_reaches_nothing_of_the_host() {
+    among_several(|| {
+        probe_all(Windows::Always, LOW);
+        probe_all(Windows::Always, HIGH);
+    });
+}
+
+/// vCPUs beside each other have a high window each, as far as there are any, and see their own pages there.
+#[test]
+fn vcpus_do_not_see_each_others_windows() {
+    among_several(|| {
+        let mut first = Guest::new(Windows::Always, HIGH, load::code());
+        let mut all: Vec<Guest> = (0..4).map(|_| Guest::beside(Windows::Always, HIGH, load::code(), RAM)).collect();
+        // The fifth finds none left, and does without.
+        all[3].policy = Windows::Off;
+        for round in 0..3 {
+            for (n, g) in std::iter::once(&mut first).chain(&mut all).enumerate() {
+                let secret = 100 * n as u64 + round;
+                g.ram.put(DATA_RAM, secret);
+                let gpr = g.run_at(HIGH, &[(Reg::R8, HIGH + DATA)]);
+                assert_eq!(gpr[Reg::Rbx as usize], secret, "vCPU {n}");
+                assert_eq!(g.counter("window mappings made") > 0, g.expects_windows(), "vCPU {n}");
+            }
+        }
+        // Addresses that lead from one vCPU's window to what another has mapped, were it not for the checks.
+        let distances = [0x2b00_0000_0000_u64, 0x2f40_0000_0000, 0x3b80_0000_0000, 0x3fc0_0000_0000];
+        for (n, g) in std::iter::once(&mut first).chain(&mut all).take(4).enumerate() {
+            let ram = g.ram.clone();
+            g.set_hook(move |e| {
+                if let Event::Fault(_) = e {
+                    // Behind the load.
+                    ram.put(Fault::RIP, HIGH + 3);
+                }
+            });
+            for other in distances.into_iter().filter(|&d| d != distances[n]) {
+                for at in [HIGH + DATA, HIGH + STACK - 8] {
+                    let la = at.wrapping_sub(other).wrapping_add(distances[n]);
+                    let gpr = g.run_at(HIGH, &[(Reg::R8, la), (Reg::Rbx, POISON)]);
+                    assert_eq!(gpr[Reg::Rbx as usize], POISON, "vCPU {n} found something at {la:#x}");
+                    let faults = g.faults();
+                    assert_eq!(faults.len(), 1, "vCPU {n} at {la:#x}: {faults:x?}");
+                    assert_eq!((faults[0].vector, faults[0].cr2), (PAGE_FAULT, la));
+                }
+            }
+        }
+    });
 }
