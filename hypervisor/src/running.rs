@@ -94,3 +94,59 @@ impl RunningVcpu {
         self.thread.is_finished()
     }
 }
+
+/// All vCPUs of a machine, each on a thread of its own.
+pub struct RunningMachine {
+    chipset: Arc<Chipset>,
+    vcpus: Vec<RunningVcpu>,
+}
+
+impl RunningMachine {
+    /// Lets all vCPUs go, or go on; the first one is vCPU 0. The machine must not be paused.
+    ///
+    /// # Errors
+    /// When the host refuses a thread; the machine is stopped, then.
+    pub fn start(vcpus: Vec<Box<dyn Vcpu>>, chipset: Arc<Chipset>) -> io::Result<Self> {
+        let mut running = Vec::with_capacity(vcpus.len());
+        for (id, vcpu) in vcpus.into_iter().enumerate() {
+            match RunningVcpu::start(id as u32, vcpu, chipset.clone()) {
+                Ok(v) => running.push(v),
+                Err(e) => {
+                    chipset.stop(StopCause::Host);
+                    for v in running {
+                        let _ = v.wait();
+                    }
+                    return Err(e);
+                }
+            }
+        }
+        Ok(Self { chipset, vcpus: running })
+    }
+
+    /// Stops all vCPUs, each at its next instruction boundary, and gives them back, with [`Driven::Stopped`] if the machine stopped first.
+    /// Devices and their timers go on. The machine is not paused any more when this returns, so that [`RunningMachine::start`] lets
+    /// the vCPUs go on.
+    ///
+    /// # Errors
+    /// When the engine's host failed.
+    pub fn pause(self) -> Result<(Vec<Box<dyn Vcpu>>, Driven), EngineError> {
+        self.chipset.pause();
+        let mut all = Vec::with_capacity(self.vcpus.len());
+        let (mut how, mut failed) = (Driven::Paused, None);
+        for v in self.vcpus {
+            match v.wait() {
+                Ok((vcpu, Driven::Paused)) => all.push(vcpu),
+                Ok((vcpu, Driven::Stopped)) => {
+                    how = Driven::Stopped;
+                    all.push(vcpu);
+                }
+                Err(e) => failed = Some(e),
+            }
+        }
+        self.chipset.resume();
+        match failed {
+            Some(e) => Err(e),
+            None => Ok((all, how)),
+        }
+    }
+}

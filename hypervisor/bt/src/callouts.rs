@@ -184,10 +184,14 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
         };
     }
     st.rip = i.ip();
+    if i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg {
+        e.be_alone();
+    }
     let outcome = {
         let _own = Emulating::new(e.state);
         emulate::step(st, e, &i)
     };
+    e.end_alone();
     match outcome {
         Ok(Step::Next) if !ends && (e.tables.blocks[block].live || mode.alone()) => {
             if e.events_wait() && !stepping {

@@ -9,6 +9,7 @@ use crate::thunks;
 use crate::vcpu::BtError;
 use paravane_cpu::state::{AWAITS_STARTUP, rflags};
 use paravane_cpu::{Exception, Startup, StopReason, VcpuExit, interrupt};
+use std::time::Instant;
 
 /// Exit codes of translated code.
 pub(crate) const EXIT_RESYNC: u64 = 0;
@@ -30,11 +31,9 @@ impl Engine {
             if self.memory.requested() {
                 self.memory.acknowledge();
             }
-            self.see_to_mail();
-            if self.bus.asked_to_flush(self.id) {
-                let bus = self.bus.clone();
-                bus.flush_as_asked(self.id, self);
-            }
+            self.end_alone();
+            self.invalidate_for_others();
+            self.let_another_be_alone();
             if self.machine_stopping || self.bus.stopping() {
                 self.machine_stopping = false;
                 return Ok(VcpuExit::Stopped);
@@ -74,6 +73,22 @@ impl Engine {
                 self.host_fault();
             }
         }
+    }
+
+    /// Drops what others have changed or asked to be dropped.
+    fn invalidate_for_others(&mut self) {
+        let polled = self.polled.take();
+        let flush = self.bus.asked_to_flush(self.id);
+        if !flush && !self.mail_waits() {
+            return;
+        }
+        let began = polled.unwrap_or_else(Instant::now);
+        self.see_to_mail();
+        if flush {
+            let bus = self.bus.clone();
+            bus.flush_as_asked(self.id, self);
+        }
+        self.stops.note(began.elapsed());
     }
 
     /// Delivers what is pending and permitted.
@@ -179,6 +194,7 @@ impl Engine {
         let exc = match sh.fault_vector {
             fault::POLL => {
                 self.stats.polls += 1;
+                self.polled = Some(Instant::now());
                 self.memory.polled();
                 return;
             }

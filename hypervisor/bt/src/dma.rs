@@ -55,6 +55,8 @@ pub(crate) struct Mailbox {
     pages: AtomicBool,
     /// How many pages have been given up.
     done: AtomicU64,
+    /// The vCPU waits, and touches no guest memory until it has seen that nobody is alone with it.
+    pub(crate) parked: AtomicBool,
     vcpu: Arc<StateMemory>,
 }
 
@@ -66,6 +68,7 @@ impl Mailbox {
             some: AtomicBool::new(false),
             pages: AtomicBool::new(false),
             done: AtomicU64::new(0),
+            parked: AtomicBool::new(false),
             vcpu,
         });
         let owner: Weak<dyn CodeOwner> = Arc::downgrade(&(me.clone() as Arc<dyn CodeOwner>));
@@ -121,6 +124,14 @@ impl CodeOwner for Mailbox {
     fn withdrawn(&self, ticket: u64) -> bool {
         self.done.load(SeqCst) >= ticket || !self.vcpu.inside()
     }
+
+    fn come_out(&self) {
+        self.vcpu.kick();
+    }
+
+    fn is_out(&self) -> bool {
+        self.parked.load(SeqCst) || !self.vcpu.inside()
+    }
 }
 
 /// A region's mapping, which has its watch.
@@ -166,6 +177,11 @@ impl Ram {
 }
 
 impl Engine {
+    /// Whether others have written or want something that was not seen to yet.
+    pub(crate) fn mail_waits(&self) -> bool {
+        self.mailbox.some.load(SeqCst) || self.mailbox.pages.load(SeqCst)
+    }
+
     /// Drops code whose bytes were written by others, and entries for pages that others make code from. Nobody may be inside a
     /// block.
     pub(crate) fn see_to_mail(&mut self) {
@@ -241,6 +257,7 @@ impl Engine {
             let mut looked = 0;
             while !owner.withdrawn(ticket) {
                 self.give_pages_up();
+                self.let_another_be_alone();
                 looked += 1;
                 if looked < SPINS {
                     std::hint::spin_loop();
@@ -270,6 +287,7 @@ impl Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
+        self.end_alone();
         self.release_all_pages();
     }
 }

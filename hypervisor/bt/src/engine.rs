@@ -119,6 +119,12 @@ impl Ram {
         })
     }
 
+    /// The watch over the first region, and this vCPU's place in it.
+    #[inline]
+    pub(crate) fn first_watch(&self) -> Option<(&WriteWatch, Slot)> {
+        self.regions.first().map(|r| (&r.watch, r.slot))
+    }
+
     /// Whether other vCPUs use this RAM.
     #[inline]
     pub(crate) fn several(&self) -> bool {
@@ -172,6 +178,12 @@ pub(crate) struct Engine {
     pub(crate) mailbox: Arc<dma::Mailbox>,
     /// How long others let this vCPU wait when it began to make code from a page.
     pub(crate) waits: Histogram,
+    /// How long others kept this vCPU from running, for invalidations that they asked for.
+    pub(crate) stops: Histogram,
+    /// When a kick brought the vCPU out of translated code.
+    pub(crate) polled: Option<std::time::Instant>,
+    /// All other vCPUs are kept out of guest code.
+    pub(crate) alone: bool,
     pub(crate) exec_tlb: ExecTlb,
     /// Exits linked across a page boundary, which a change of mappings must undo.
     pub(crate) cross_links: Vec<u32>,
@@ -281,6 +293,9 @@ impl Engine {
             pages: WordMap::default(),
             mailbox,
             waits: Histogram::default(),
+            stops: Histogram::default(),
+            polled: None,
+            alone: false,
             exec_tlb: ExecTlb::new(),
             cross_links: Vec::new(),
             low_cross_links: false,
@@ -340,6 +355,7 @@ impl Engine {
     pub(crate) fn counters(&self) -> Vec<(String, u64)> {
         let mut out: Vec<_> = self.stats.list().into_iter().map(|(n, v)| (n.to_owned(), v)).collect();
         out.extend(self.waits.list("waits for other vCPUs"));
+        out.extend(self.stops.list("stops for others' invalidations"));
         let mut by_name: Vec<_> =
             Mnemonic::values().zip(&self.emulated).filter(|(_, n)| **n != 0).map(|(m, n)| (m, *n)).collect();
         by_name.sort_by_key(|&(_, n)| std::cmp::Reverse(n));

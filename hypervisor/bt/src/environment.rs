@@ -101,6 +101,7 @@ impl Env for Engine {
 
     fn attend(&mut self) {
         self.give_pages_up();
+        self.let_another_be_alone();
     }
 
     fn host_tsc(&self) -> u64 {

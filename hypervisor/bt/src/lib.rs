@@ -18,6 +18,7 @@
 //!
 //! What instructions mean when they are not copied is in `paravane-cpu`.
 
+mod alone;
 mod asm;
 mod block;
 mod cache;

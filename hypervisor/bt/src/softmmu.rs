@@ -188,12 +188,17 @@ impl Engine {
     }
 
     fn load_bounce(&mut self, pieces: [Piece; 2], s: &Site, start: usize) -> Result<Resolved, Exception> {
+        if s.read && s.write && pieces[1].len > 0 {
+            // It may be a locked one. Until the operand has been written back.
+            self.be_alone();
+        }
         if s.write {
             let mut own = false;
             for p in pieces.iter().filter(|p| p.len > 0) {
                 own |= self.overwrite(p.gpa, p.len as u64, s.block);
             }
             if own {
+                self.end_alone();
                 return Ok(Resolved::OwnCode);
             }
         }
@@ -259,6 +264,7 @@ impl Engine {
             }
             at += p.len;
         }
+        self.end_alone();
         Ok(())
     }
 

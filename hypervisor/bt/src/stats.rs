@@ -49,6 +49,7 @@ counters! {
     device_writes = "writes by others to pages with code",
     withdrawals = "pages given up for others' code",
     direct = "stores to pages with code",
+    alone = "locked operations that stopped other vCPUs",
     smc_invalidations = "blocks invalidated by writes to code",
     exits = "dispatcher entries",
     halts = "halts",

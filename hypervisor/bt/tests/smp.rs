@@ -321,6 +321,46 @@ fn locked_instructions_are_atomic_on_pages_that_hold_code() {
     }
 }
 
+guest!(
+    count_across,
+    // RDI: 4 bytes before the end of a page. The upper half is counted by itself, too, and nothing is lost.
+    "2: lock inc qword ptr [rdi]",
+    "lock inc dword ptr [rdi + 4]",
+    "mov eax, 1",
+    "lock xadd [rdi + 0x1000], rax",
+    "3: mov rax, [rdi + 0x2000]",
+    "lea rbx, [rax + 1]",
+    "lock cmpxchg [rdi + 0x2000], rbx",
+    "jne 3b",
+    "4: mov eax, [rdi + 0x3000]",
+    "mov edx, [rdi + 0x3004]",
+    "lea ebx, [rax + 1]",
+    "mov r8d, ecx",
+    "lea ecx, [rdx + 1]",
+    "lock cmpxchg8b [rdi + 0x3000]",
+    "mov ecx, r8d",
+    "jne 4b",
+    "dec rcx",
+    "jnz 2b",
+    "hlt",
+);
+
+#[test]
+fn locked_instructions_are_atomic_across_pages() {
+    const EACH: u64 = 500;
+    let mem = memory();
+    let data = 0x40_0ffc;
+    count_across::put(&mem, CODE);
+    let regs = [(Reg::Rdi, data), (Reg::Rcx, EACH)];
+    let mut vcpus: Vec<BtVcpu> = (0..3).map(|n| vcpu(&mem, n, 3, CODE, &regs)).collect();
+    run(&mut vcpus);
+    let all = 3 * EACH;
+    let expected = [all << 32 | all, all, all, all << 32 | all];
+    for (n, expected) in expected.into_iter().enumerate() {
+        assert_eq!(mem.read_obj::<u64>(GuestAddress(data + 0x1000 * n as u64)).unwrap(), expected, "counter {n}");
+    }
+}
+
 // ---- code that is changed while another vCPU runs it ----
 //
 // RDI: the functions' pages, RSI: what the two tell each other, RCX: rounds, RBX: pages in use minus one. In round n the writer lets the function of page

@@ -23,7 +23,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst, fence};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use vm_memory::GuestMemoryMmap;
@@ -49,6 +49,13 @@ pub trait CodeOwner: Send + Sync {
     fn withdraw(&self, page: u64) -> u64;
     /// Whether what a ticket stands for has been done, or will be before the owner writes anything directly again.
     fn withdrawn(&self, ticket: u64) -> bool;
+    /// Somebody else wants to be alone with memory ([`WriteWatch::try_alone`]): the owner is to stay out of guest code from
+    /// its next instruction on, until that one is done. Must not block. An owner that runs no guest code has nothing to do.
+    fn come_out(&self) {}
+    /// Whether the owner is out of guest code and looks at [`WriteWatch::another_is_alone`] before it goes in.
+    fn is_out(&self) -> bool {
+        true
+    }
 }
 
 /// An owner's place in one region's words.
@@ -80,6 +87,8 @@ struct Inner {
     chunks: Box<[OnceLock<Chunk>]>,
     /// There is more than one owner, or has been.
     several: AtomicBool,
+    /// The owner that is alone with memory: its slot plus one.
+    alone: AtomicU8,
     owners: Mutex<Vec<Option<Owner>>>,
 }
 
@@ -225,6 +234,32 @@ impl WriteWatch {
         {
             page.claims.fetch_and(!slot.bit(), SeqCst);
         }
+    }
+
+    /// Tries to be the one owner that may touch memory, for what must be atomic and takes several accesses. Gives whether it is;
+    /// the others are to be told, and to be waited for, then. One region of a machine's serves for all of them.
+    #[must_use]
+    pub fn try_alone(&self, slot: Slot) -> bool {
+        self.0.alone.compare_exchange(0, slot.0 + 1, SeqCst, SeqCst).is_ok()
+    }
+
+    /// Takes [`WriteWatch::try_alone`] back.
+    pub fn not_alone(&self, slot: Slot) {
+        let _ = self.0.alone.compare_exchange(slot.0 + 1, 0, SeqCst, SeqCst);
+    }
+
+    /// Whether another owner is, or is about to be, alone with memory.
+    #[inline]
+    pub fn another_is_alone(&self, slot: Slot) -> bool {
+        let alone = self.0.alone.load(SeqCst);
+        alone != 0 && alone != slot.0 + 1
+    }
+
+    /// All other owners.
+    pub fn others(&self, slot: Slot) -> Vec<Arc<dyn CodeOwner>> {
+        let owners = self.0.owners();
+        let others = owners.iter().enumerate().filter(|(n, _)| *n != usize::from(slot.0));
+        others.filter_map(|(_, o)| o.as_ref()?.owner.upgrade()).collect()
     }
 
     /// An owner has written to the region without a claim: all other holders are told.
@@ -422,6 +457,25 @@ mod tests {
         assert!(watch.hold(other, offset));
         assert!(watch.withdraw(other, offset).is_empty());
         assert!(!watch.hold(other, offset), "its claim is gone, too");
+    }
+
+    #[test]
+    fn one_owner_at_a_time_is_alone() {
+        let (ram, first) = ram();
+        let (map, _) = watch(&ram, 0);
+        let watch = map.bitmap();
+        let second = Arc::new(Log::default());
+        let owner: Arc<dyn CodeOwner> = second.clone();
+        let other = watch.add_owner(0, Arc::downgrade(&owner)).unwrap();
+        assert_eq!(watch.others(FIRST).len(), 1);
+        assert!(watch.try_alone(FIRST) && !watch.try_alone(other) && !watch.try_alone(FIRST));
+        assert!(watch.another_is_alone(other) && !watch.another_is_alone(FIRST));
+        watch.not_alone(other);
+        assert!(watch.another_is_alone(other), "only its own");
+        watch.not_alone(FIRST);
+        assert!(!watch.another_is_alone(other) && watch.try_alone(other));
+        drop(first);
+        assert!(watch.others(other).is_empty());
     }
 
     #[test]

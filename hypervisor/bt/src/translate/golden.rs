@@ -48,8 +48,7 @@ fn check_with(name: &str, mode: Mode, rip: u64, guest: &[u8], high: High) {
     assert_eq!(decode(guest, rip, mode, &mut code), Decoded::Ok);
     let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
     let hint = Hint { gpr: &[rip; 16], low: false, high };
-    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, (rip, guest), hint)
-        .translate(&code, None);
+    Translator::new(&mut asm, &mut info, &mut tables, mode, 0, (rip, guest), hint).translate(&code, None);
     asm.resolve(0);
     let mut out = String::from("guest:\n");
     listing(&mut out, guest, rip);
