@@ -6,6 +6,7 @@
 
 pub mod archive;
 pub mod conform;
+pub mod counters;
 pub mod exercise;
 pub mod guest;
 pub mod host;

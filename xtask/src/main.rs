@@ -17,6 +17,7 @@ mod host;
 mod initramfs;
 mod task_abi;
 mod task_bench_boot;
+mod task_bench_check;
 mod task_bench_compute;
 mod task_bench_debian;
 mod task_bench_smp;
@@ -70,11 +71,21 @@ enum Task {
     Conform(task_conform::Args),
     /// Measure what the paravirtual ABI gains, case by case, in time and exits
     Measure(task_measure::Args),
-    /// Measure, beside QEMU where it is installed
-    Bench {
-        #[command(subcommand)]
-        what: Bench,
-    },
+    /// Measure, beside QEMU where it is installed; or compare counters of single operations
+    Bench(BenchArgs),
+}
+
+#[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+struct BenchArgs {
+    /// Compare how often single operations leave guest code with tests/bench/counters.json
+    #[arg(long)]
+    check: bool,
+    /// Write that file
+    #[arg(long, conflicts_with = "check")]
+    bless: bool,
+    #[command(subcommand)]
+    what: Option<Bench>,
 }
 
 #[derive(Subcommand)]
@@ -114,10 +125,11 @@ fn main() -> ExitCode {
         Task::Conform(args) => task_conform::run(&args),
         Task::Fuzz { what: Fuzz::Hypercalls(args) } => task_fuzz_calls::run(&args),
         Task::Measure(args) => task_measure::run(&args),
-        Task::Bench { what: Bench::Boot(args) } => task_bench_boot::run(&args),
-        Task::Bench { what: Bench::Compute(args) } => task_bench_compute::run(&args),
-        Task::Bench { what: Bench::Debian(args) } => task_bench_debian::run(&args),
-        Task::Bench { what: Bench::Smp(args) } => task_bench_smp::run(&args),
+        Task::Bench(BenchArgs { what: Some(Bench::Boot(args)), .. }) => task_bench_boot::run(&args),
+        Task::Bench(BenchArgs { what: Some(Bench::Compute(args)), .. }) => task_bench_compute::run(&args),
+        Task::Bench(BenchArgs { what: Some(Bench::Debian(args)), .. }) => task_bench_debian::run(&args),
+        Task::Bench(BenchArgs { what: Some(Bench::Smp(args)), .. }) => task_bench_smp::run(&args),
+        Task::Bench(args) => task_bench_check::run(args.bless),
     };
     match outcome {
         Ok(code) => code,

@@ -7,6 +7,7 @@
 //! differ in, divided by the operations that the second had more.
 
 pub mod cases;
+pub mod check;
 
 pub mod guest;
 pub mod native;
@@ -29,7 +30,7 @@ const QUICK_ROUNDS: u32 = 2;
 pub const GUEST: &str = "bench/micro-guest";
 
 /// A case whose run takes longer than this takes part in every second round only.
-const LONG: Duration = Duration::from_millis(700);
+const LONG: Duration = Duration::from_millis(1500);
 
 /// Measures what the plan asks for and returns its rows, by group.
 ///
