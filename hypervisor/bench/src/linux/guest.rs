@@ -6,7 +6,9 @@ use crate::child::Program;
 use crate::model::{Plan, Side};
 use crate::surroundings::QEMU;
 use crate::{Failure, Result};
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -56,21 +58,23 @@ impl Images {
     }
 }
 
-/// A disk in memory where the host has room, removed when dropped. It is in memory because the virtual disk is measured here,
-/// not that of the host.
-pub(super) struct Disk(PathBuf);
+/// A disk in memory where the host has room. It is in memory because the virtual disk is measured here, not that of the host.
+///
+/// The file has no name any more when it is used: children open it through /proc while this process has it open, and it
+/// goes with this process, however that ends.
+pub(super) struct Disk {
+    file: File,
+}
 
 impl Disk {
     /// Makes one, of zeros.
     pub(super) fn create() -> Result<Self> {
-        let name = format!("paravane-bench-{}.raw", std::process::id());
+        let name = format!(".paravane-bench-{}.raw", std::process::id());
         let folders = [PathBuf::from("/dev/shm"), std::env::temp_dir()];
         let mut last = None;
         for folder in folders {
-            let disk = Self(folder.join(&name));
-            // Written in full, so that no side pays for the file's growth.
-            match fs::write(&disk.0, vec![0; DISK as usize]) {
-                Ok(()) => return Ok(disk),
+            match Self::create_in(&folder.join(&name)) {
+                Ok(file) => return Ok(Self { file }),
                 Err(e) => last = Some(e),
             }
         }
@@ -81,14 +85,20 @@ impl Disk {
         )))
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.0
+    fn create_in(path: &Path) -> std::io::Result<File> {
+        let mut file = File::options().read(true).write(true).create_new(true).open(path)?;
+        fs::remove_file(path)?;
+        // Written in full, so that no side pays for the file's growth.
+        let zeros = vec![0; 1 << 20];
+        for _ in 0..DISK >> 20 {
+            file.write_all(&zeros)?;
+        }
+        Ok(file)
     }
-}
 
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+    /// A path for children of this process.
+    pub(super) fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()))
     }
 }
 
@@ -148,6 +158,7 @@ pub(super) fn work(images: &Images, plan: &Plan, side: Side, work: &Work) -> Res
     let needs_programs = work.groups.contains(&Group::Programs);
     let (image, memory) = if needs_programs { (&images.large, "2G") } else { (&images.small, "1G") };
     let disk = work.traffic.map(|(_, disk)| disk.path());
+    let disk = disk.as_deref();
     let mut guest = Program::start(&mut command(plan, side, &images.kernel, image, memory, &line, disk)?)?;
     let times = guest.wait_for("bench-begin", WORK_LIMIT).and_then(|begin| {
         let end = guest.wait_for("bench-end", WORK_LIMIT)?;
@@ -223,4 +234,23 @@ fn qemu(kernel: &Path, initrd: &Path, memory: &str, cmdline: &str, disk: Option<
 fn huge_pages() -> String {
     let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
     text.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or("never", |(word, _)| word).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_disk_has_no_name_and_children_can_write_to_it() {
+        let disk = Disk::create().expect("a disk");
+        let path = disk.path();
+        assert_eq!(fs::metadata(&path).expect("the file").len(), DISK);
+        let script = format!("printf hello | dd of={} conv=notrunc status=none", path.display());
+        let status = Command::new("sh").args(["-c", &script]).status().expect("a shell");
+        assert!(status.success());
+        let text = fs::read(&path).expect("the disk");
+        assert_eq!((&text[..5], text.len() as u64), (&b"hello"[..], DISK));
+        drop(disk);
+        assert!(!path.exists());
+    }
 }
