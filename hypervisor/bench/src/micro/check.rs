@@ -13,7 +13,7 @@ use crate::Result;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Counters per operation by name, and of what was translated.
+/// What is known of a case in a form.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Counted {
@@ -76,7 +76,7 @@ const COARSE_ROUNDING: f64 = 0.1;
 /// The same for what was translated, as a part of it.
 const TRANSLATED_ROUNDING: f64 = 0.03;
 
-/// Operations of the cases that are left out where KVM emulates ring 0 or could: whole tables of pages take seconds there.
+/// Operations of the cases that are left out on KVM: where it emulates ring 0, whole tables of pages take seconds.
 const LONG: u32 = 4096;
 
 /// Counts all exact cases in both forms.
