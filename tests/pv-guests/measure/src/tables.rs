@@ -107,7 +107,7 @@ pub(crate) fn modify_entry(run: &Run<'_>) -> Outcome {
 pub(crate) fn map_and_unmap(run: &Run<'_>) -> Outcome {
     let pages = pair();
     let mut timed = Timed::default();
-    let mut all = || {
+    let all = || {
         let mut batch = batch(run);
         for n in 0..PAGES {
             // SAFETY: the window's entries are nobody else's. They were not present, so that there is nothing to invalidate.
@@ -130,7 +130,7 @@ pub(crate) fn map_and_unmap(run: &Run<'_>) -> Outcome {
     }
     all();
     for _ in 0..(run.count / PAGES as u64).clamp(1, PIECES) {
-        timed.add(PAGES as u64, &mut all);
+        timed.add(PAGES as u64, all);
     }
     Ok(timed)
 }
