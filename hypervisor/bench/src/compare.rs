@@ -1,7 +1,7 @@
 //! Two reports side by side: what is faster, what slower, what counts differently.
 //!
 //! Times are noisy, so medians that differ say nothing by themselves. Two figures are called the same when their medians are
-//! closer than [`FLOOR`], or closer than the two spreads added up ([`noise`]): what one report already shows as scatter
+//! closer than [`FLOOR`], or closer than the two spreads added up ([`Compared::noise`]): what one report already shows as scatter
 //! between its own rounds is no difference between the two. A report with so few rounds that it has no spread to speak of gets
 //! [`UNKNOWN`]. Counters are different: an exact one comes out the same in every run, so any difference is one, and is named.
 

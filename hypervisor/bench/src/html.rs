@@ -4,7 +4,7 @@
 //! a logarithmic scale. Everything that a bar says stands beside it as text, so bars are hidden from screen readers, and
 //! colour is never the only difference. Rows with a host side are drawn relative to it: a bar starts at the line
 //! "native = 1" and goes right for what is dearer and left for what is cheaper. Rows without one are drawn as
-//! absolute figures from the left edge. The axis is the same for all charts of a group. [`scale`] has the axes;
+//! absolute figures from the left edge. The axis is the same for all charts of a group. `scale` has the axes;
 //! the tables with all figures follow the charts, in the same order.
 
 mod chart;
