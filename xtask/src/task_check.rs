@@ -4,7 +4,7 @@ use crate::host::{self, Result};
 use std::process::ExitCode;
 
 /// Bare-metal guests, in tests/.
-const GUESTS: [&str; 2] = ["guests", "device-guests"];
+const GUESTS: [&str; 3] = ["guests", "device-guests", "pv-guests"];
 
 /// Runs the checks and stops at the first that fails.
 pub(crate) fn run() -> Result<ExitCode> {

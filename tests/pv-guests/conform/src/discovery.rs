@@ -44,7 +44,7 @@ fn disc_2(abi: Abi) -> Outcome {
 fn disc_3(abi: Abi) -> Outcome {
     let version = Version::from_bits(leaf(abi.base + cpuid::FEATURES)[0]);
     check("major version", version.major.into(), Version::CURRENT.major.into())?;
-    holds("minor version", version.minor >= Version::CURRENT.minor)
+    holds("version", version >= Version::CURRENT)
 }
 
 fn disc_4(abi: Abi) -> Outcome {
