@@ -2,6 +2,9 @@
 //! changes while another runs it.
 #![allow(unsafe_code, missing_docs)] // Guest code is assembled into the test binary and copied out.
 
+#[macro_use]
+mod common;
+
 use paravane_bt::{BtConfig, BtVcpu, GuestRam};
 use paravane_cpu::state::{cr0, cr4, efer};
 use paravane_cpu::{Bus, BusOutcome, Reg, Seg, Segment, VcpuExit};
@@ -28,25 +31,7 @@ impl Bus for Nothing {
     fn mmio_write(&self, _: u32, _: u64, _: &[u8]) -> BusOutcome {
         BusOutcome::Done
     }
-    fn apic_msr_read(&self, _: u32, _: u32) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&self, _: u32, _: u32, _: u64) -> Option<BusOutcome> {
-        None
-    }
-    fn cr8_read(&self, _: u32) -> u8 {
-        0
-    }
-    fn cr8_write(&self, _: u32, _: u8) {}
-    fn interrupt_pending(&self, _: u32) -> bool {
-        false
-    }
-    fn interrupt_ack(&self, _: u32) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&self, _: u32) -> bool {
-        false
-    }
+    no_interrupts!();
     fn stopping(&self) -> bool {
         self.0.load(SeqCst)
     }

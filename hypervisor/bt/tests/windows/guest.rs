@@ -214,25 +214,7 @@ impl Bus for Devices {
         self.mmio_writes.fetch_add(1, Ordering::SeqCst);
         BusOutcome::Done
     }
-    fn apic_msr_read(&self, _: u32, _: u32) -> Option<u64> {
-        None
-    }
-    fn apic_msr_write(&self, _: u32, _: u32, _: u64) -> Option<BusOutcome> {
-        None
-    }
-    fn cr8_read(&self, _: u32) -> u8 {
-        0
-    }
-    fn cr8_write(&self, _: u32, _: u8) {}
-    fn interrupt_pending(&self, _: u32) -> bool {
-        false
-    }
-    fn interrupt_ack(&self, _: u32) -> Option<u8> {
-        None
-    }
-    fn take_nmi(&self, _: u32) -> bool {
-        false
-    }
+    no_interrupts!();
     fn stopping(&self) -> bool {
         false
     }

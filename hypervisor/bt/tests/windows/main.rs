@@ -33,6 +33,9 @@ macro_rules! guest {
     };
 }
 
+#[macro_use]
+#[path = "../common/mod.rs"]
+mod common;
 mod drift;
 mod guest;
 
