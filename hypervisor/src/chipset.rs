@@ -337,6 +337,11 @@ impl Chipset {
         self.irqs.control.sleep_until(vcpu, || self.irqs.control.events(vcpu) != 0);
     }
 
+    /// As [`Chipset::wait_for_interrupt`], but until something comes that is not an interrupt.
+    pub fn wait_for_others(&self, vcpu: u32) {
+        self.irqs.control.sleep_until(vcpu, || self.irqs.control.events(vcpu) & !event::APIC != 0);
+    }
+
     /// Blocks the calling thread, that of a vCPU that waits for a start-up message, until INIT or such a message comes.
     pub fn wait_for_startup(&self, vcpu: u32) {
         let startup = event::INIT | event::SIPI;

@@ -29,6 +29,7 @@ pub fn drive(id: u32, vcpu: &mut dyn Vcpu, chipset: &Chipset) -> Result<Driven, 
     loop {
         match vcpu.run() {
             Ok(VcpuExit::Halt) => chipset.wait_for_interrupt(id),
+            Ok(VcpuExit::HaltMasked) => chipset.wait_for_others(id),
             Ok(VcpuExit::AwaitsStartup) => chipset.wait_for_startup(id),
             Ok(VcpuExit::TripleFault) => chipset.stop(StopCause::TripleFault(id)),
             Ok(VcpuExit::Stopped) => {}

@@ -52,11 +52,8 @@ impl Engine {
             }
             if st.halted != 0 {
                 self.stats.halts += 1;
-                if st.rflags & rflags::IF == 0 && self.bus.interrupt_pending(self.id) {
-                    // Only an NMI or a stop can end this; do not spin on an interrupt that stays masked.
-                    std::thread::sleep(std::time::Duration::from_millis(5));
-                }
-                return Ok(VcpuExit::Halt);
+                let masked = st.rflags & rflags::IF == 0 && self.bus.interrupt_pending(self.id);
+                return Ok(if masked { VcpuExit::HaltMasked } else { VcpuExit::Halt });
             }
             if self.cache_full {
                 self.empty_cache();

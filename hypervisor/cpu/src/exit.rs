@@ -106,6 +106,9 @@ pub enum StopReason {
 pub enum VcpuExit {
     /// The vCPU executed HLT with nothing pending. Run it again once an interrupt is pending.
     Halt,
+    /// The vCPU executed HLT, and the interrupt that is pending is masked (RFLAGS.IF). Run it again once anything else has come: an NMI, a
+    /// start-up message, or a kick by another vCPU.
+    HaltMasked,
     /// The vCPU waits for a start-up message. Run it again once INIT or a start-up message has come.
     AwaitsStartup,
     /// Someone asked this vCPU to come out (see the engine's kick handle with `stop`), or the machine is stopping.

@@ -27,6 +27,9 @@ pub(super) const fn done(value: u64) -> Answer {
 
 /// Carries out the hypercall in the registers of `st`.
 pub(crate) fn hypercall(pv: &Pv, chipset: &Chipset, st: &mut CpuState, env: &mut dyn Env) -> HypercallOutcome {
+    if let Some(outcome) = pv.kvm_hypercall(chipset, st) {
+        return outcome;
+    }
     let (rax, rdx, outcome) = match checked(pv, st).and_then(|call| carry_out(pv, chipset, call, st, env)) {
         Ok((value, outcome)) => (0, value, outcome),
         Err(Stopped { error, value }) => (error.to_rax(), value, HypercallOutcome::Done),
@@ -247,7 +250,7 @@ fn flush_tlb(
     Ok((to.len() as u64, HypercallOutcome::Resync))
 }
 
-fn kick(pv: &Pv, chipset: &Chipset, to: u64) -> Answer {
+pub(super) fn kick(pv: &Pv, chipset: &Chipset, to: u64) -> Answer {
     let to = target(pv, to)?;
     if let Some(v) = pv.vcpu(to) {
         v.kicked.store(true, SeqCst);

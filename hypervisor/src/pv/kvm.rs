@@ -1,16 +1,18 @@
 //! The KVM interface: the leaves and MSRs that unmodified Linux understands (Linux, Documentation/virt/kvm/x86/{cpuid,msr}.rst).
 //!
-//! Only what is carried out is offered: the clock, PV EOI, stolen time, and the hint that port 0x80 needs no delay. What serves several
-//! vCPUs (IPIs, remote TLB flushes, kicks of halted vCPUs) is not on offer while a machine has one.
+//! Only what is carried out is offered: the clock, PV EOI, stolen time, the hint that port 0x80 needs no delay, and, in a machine with more
+//! vCPUs than the host has CPUs, the kick of a halted vCPU, by which Linux's spinlocks sleep. Calls for IPIs and remote TLB flushes are not:
+//! an x2APIC sends an IPI to sixteen vCPUs with one write, which costs what a call would.
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use paravane_cpu::BusOutcome;
+use paravane_cpu::{BusOutcome, CpuState, HypercallOutcome, Reg};
 use pv_abi::shared::Clock as SharedClock;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::{Pv, lock, stolen};
+use super::{Entry, Offer, Pv, PvConfig, calls, lock, stolen};
+use crate::chipset::Chipset;
 
 const SIGNATURE: &[u8; 12] = b"KVMKVMKVM\0\0\0";
 
@@ -19,6 +21,7 @@ const NOP_IO_DELAY: u32 = 1 << 1;
 const CLOCKSOURCE2: u32 = 1 << 3;
 const STEAL_TIME: u32 = 1 << 5;
 const PV_EOI: u32 = 1 << 6;
+const PV_UNHALT: u32 = 1 << 7;
 const CLOCKSOURCE_STABLE: u32 = 1 << 24;
 
 /// The MSRs.
@@ -73,10 +76,21 @@ struct WallClock {
 /// `struct kvm_steal_time` is 64 bytes; the version stands behind the time.
 const STEAL_BYTES: u64 = 64;
 
-/// What this host can carry out.
-pub(super) fn features() -> u32 {
+/// Hypercall (Linux, Documentation/virt/kvm/x86/hypercalls.rst): ends the halt of the vCPU whose APIC ID is the second argument, or the next
+/// one that it begins.
+const KICK_CPU: u64 = 5;
+/// What a hypercall gives that may not be made in user mode.
+const EPERM: u64 = -1i64 as u64;
+
+/// What is offered to a machine with so many vCPUs.
+pub(super) fn features(cfg: &PvConfig, cpus: u32) -> u32 {
     let steal = if stolen::available() { STEAL_TIME } else { 0 };
-    NOP_IO_DELAY | CLOCKSOURCE2 | PV_EOI | CLOCKSOURCE_STABLE | steal
+    // A lock that can sleep costs more to release, so it must have somebody to make room for.
+    let host_cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let crowded = cpus as usize > host_cpus || cfg.offer == Offer::All;
+    // By another entry the call would not come here.
+    let unhalt = if cpus > 1 && crowded && cfg.entry == Entry::Vmcall { PV_UNHALT } else { 0 };
+    NOP_IO_DELAY | CLOCKSOURCE2 | PV_EOI | CLOCKSOURCE_STABLE | steal | unhalt
 }
 
 /// The two leaves, at `base`.
@@ -86,6 +100,25 @@ pub(super) fn leaves(base: u32, features: u32) -> [(u32, [u32; 4]); 2] {
 }
 
 impl Pv {
+    /// A hypercall of KVM's; `None` if it is none that is on offer.
+    pub(super) fn kvm_hypercall(&self, chipset: &Chipset, st: &mut CpuState) -> Option<HypercallOutcome> {
+        let number = st.gpr[Reg::Rax as usize];
+        // Numbers and arguments have 32 bits outside 64-bit mode.
+        let mask = if st.code64() { u64::MAX } else { u64::from(u32::MAX) };
+        if self.kvm_features & PV_UNHALT == 0 || number & mask != KICK_CPU {
+            return None;
+        }
+        let to = st.gpr[Reg::Rcx as usize] & mask;
+        st.gpr[Reg::Rax as usize] = if st.cpl == 0 {
+            // KVM too is silent about an APIC ID that nobody has.
+            let _ = calls::kick(self, chipset, to);
+            0
+        } else {
+            EPERM & mask
+        };
+        Some(HypercallOutcome::Done)
+    }
+
     /// RDMSR. `None`: there is no such MSR here.
     pub(crate) fn kvm_msr_read(&self, vcpu: u32, msr: u32) -> Option<u64> {
         let m = &self.vcpu(vcpu)?.kvm;

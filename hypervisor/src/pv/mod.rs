@@ -160,7 +160,7 @@ impl Pv {
         };
         let kvm_leaves = match (cfg.offer, cfg.kvm) {
             (Offer::Off, _) => 0,
-            (_, KvmLeaves::Here) => kvm::features(),
+            (_, KvmLeaves::Here) => kvm::features(&cfg, cpus),
             (_, KvmLeaves::Kernel(features)) => features,
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);

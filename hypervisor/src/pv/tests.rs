@@ -83,6 +83,10 @@ struct Guest {
 
 impl Guest {
     fn new(offer: Offer) -> Self {
+        Self::with_cpus(offer, 1)
+    }
+
+    fn with_cpus(offer: Offer, cpus: u32) -> Self {
         let ram = crate::memory::create(RAM).unwrap();
         let screen = Screen::default();
         let pv = PvConfig {
@@ -94,8 +98,8 @@ impl Guest {
             ram: ram.clone(),
             devices: 1,
         };
-        let cfg = ChipsetConfig { cpus: 1, debug_exit: false, serial: Box::new(screen.clone()), pv: Some(pv) };
-        let cpuid = CpuidPolicy::host(&CpuidConfig { cpus: 1, tsc_khz: 1_000_000, apic_hz: 1_000_000_000 });
+        let cfg = ChipsetConfig { cpus, debug_exit: false, serial: Box::new(screen.clone()), pv: Some(pv) };
+        let cpuid = CpuidPolicy::host(&CpuidConfig { cpus, tsc_khz: 1_000_000, apic_hz: 1_000_000_000 });
         let env = Memory { ram, chipset: Chipset::new(cfg).unwrap(), flushes: Vec::new(), cpuid };
         let mut st = CpuState::reset(0);
         st.efer = paravane_cpu::state::efer::LMA;
@@ -441,4 +445,45 @@ fn msrs_of_kvm_take_addresses_in_ram_only() {
     let seconds: u32 = g.env.ram.read_obj(GuestAddress(0x4004)).unwrap();
     assert!(seconds > 1_700_000_000);
     assert!(Guest::new(Offer::Off).env.chipset.hypervisor_msr_read(0, kvm::nr::SYSTEM_TIME).is_none());
+}
+
+#[test]
+fn linux_kicks_a_halted_vcpu_by_its_apic_id() {
+    let mut g = Guest::with_cpus(Offer::All, 2);
+    let features = g.leaf(cpuid::STEP + 1)[0];
+    assert_ne!(features & 1 << 7, 0, "two vCPUs may kick each other");
+    let c = g.env.chipset.clone();
+    let mut kick = |cpl: u8, to: u64| {
+        g.st.cpl = cpl;
+        g.st.gpr = [0; 16];
+        (g.st.gpr[Reg::Rax as usize], g.st.gpr[Reg::Rdx as usize]) = (5, 7);
+        g.st.gpr[Reg::Rcx as usize] = to;
+        let outcome = c.hypercall(&mut g.st, &mut g.env).unwrap();
+        assert_eq!((outcome, g.st.gpr[Reg::Rdx as usize]), (HypercallOutcome::Done, 7), "only RAX changes");
+        g.st.gpr[Reg::Rax as usize] as i64
+    };
+    // Nobody of that name, and nobody who may.
+    assert_eq!((kick(0, 2), kick(0, u64::MAX), kick(3, 1)), (0, 0, -1));
+    assert!(!c.wakes(0) && !c.wakes(1));
+    // A kick counts once, also if it comes before the halt.
+    assert_eq!(kick(0, 1), 0);
+    assert!(!c.wakes(0) && c.wakes(1) && !c.wakes(1));
+    // One vCPU has nobody to wait for: the number means nothing then.
+    let mut alone = Guest::with_cpus(Offer::All, 1);
+    assert_eq!(alone.leaf(cpuid::STEP + 1)[0] & 1 << 7, 0);
+    assert_eq!(alone.raw(5, &[]).0, Error::NotSupported.to_rax());
+}
+
+#[test]
+fn a_masked_halt_ends_by_a_kick_and_not_by_an_interrupt() {
+    let c = Guest::with_cpus(Offer::All, 2).env.chipset;
+    c.inject(1, 0x40);
+    let sleeper = {
+        let c = c.clone();
+        std::thread::spawn(move || c.wait_for_others(1))
+    };
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert!(!sleeper.is_finished(), "an interrupt that is masked wakes nobody");
+    c.wake(1);
+    sleeper.join().unwrap();
 }

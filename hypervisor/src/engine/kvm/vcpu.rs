@@ -11,7 +11,6 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvm_bindings as kvm;
 use kvm_ioctls::VcpuFd;
@@ -204,9 +203,11 @@ impl KvmVcpu {
             if self.halted == AWAITS_STARTUP {
                 return Ok(VcpuExit::AwaitsStartup);
             }
-            if self.halted != 0 && !self.wakes() {
+            if self.halted != 0
+                && let Some(exit) = self.stays_halted()
+            {
                 self.stats.halts += 1;
-                return Ok(VcpuExit::Halt);
+                return Ok(exit);
             }
             self.inject()?;
             let cr8 = self.env.bus.cr8_read(self.id);
@@ -223,16 +224,15 @@ impl KvmVcpu {
         }
     }
 
-    /// Whether something ends the halt; waits a little when an interrupt is there that the guest does not take.
-    fn wakes(&mut self) -> bool {
+    /// What to wait for, unless something ends the halt.
+    fn stays_halted(&mut self) -> Option<VcpuExit> {
         let flags = self.fd.get_regs().map_or(rflags::IF, |r| r.rflags);
         let pending = self.env.bus.interrupt_pending(self.id);
-        if pending && flags & rflags::IF == 0 {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let wakes = pending && flags & rflags::IF != 0 || self.take_nmi() || self.env.bus.wakes(self.id);
+        let masked = flags & rflags::IF == 0;
+        let wakes = pending && !masked || self.take_nmi() || self.env.bus.wakes(self.id);
         self.halted = u8::from(!wakes);
-        wakes
+        let exit = if pending && masked { VcpuExit::HaltMasked } else { VcpuExit::Halt };
+        (!wakes).then_some(exit)
     }
 
     /// INIT or a start-up message has come. What was in flight is dropped with INIT (SDM vol. 3, table 10-1).
