@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `{"command": "status"}` | says whether the machine is paused and, with a balloon, its target, its size as the guest says, and what went back to the host so far, in bytes |
 //! | `{"command": "balloon", "size": "256M"}` | the guest is to give back so much memory in all; a number is in bytes |
+//! | `{"command": "counters"}` | says what `run --stats` prints at the end, as far as it has come; the machine stands still for it, some hundred microseconds |
 //! | `{"command": "pause"}` | all vCPUs stop at their next instruction; devices and clocks go on |
 //! | `{"command": "resume"}` | they go on |
 //! | `{"command": "stop"}` | ends the run as Ctrl-A x does, with status 0 |
@@ -12,6 +13,7 @@
 //! Answers are `{"ok": true, ...}` or `{"ok": false, "error": "a sentence"}`. The socket's file is its owner's alone (mode 0600) and goes when the
 //! machine does. One connection is served at a time; others wait.
 
+use crate::census::Census;
 use crate::chipset::Chipset;
 use crate::config::parse_size;
 use serde_json::{Value, json};
@@ -37,6 +39,8 @@ pub struct Reach {
     pub chipset: Arc<Chipset>,
     /// Its balloon, if it has one.
     pub balloon: Option<BalloonControl>,
+    /// What its vCPUs count.
+    pub census: Arc<Census>,
     /// Ends the run.
     pub stop: Box<dyn Fn() + Send>,
 }
@@ -131,6 +135,11 @@ impl Machine {
                 balloon.set_target(size);
                 done
             }
+            Some("counters") => {
+                let counters = self.reach.census.ask(&self.reach.chipset).ok_or("the machine is stopping")?;
+                let counters: serde_json::Map<_, _> = counters.into_iter().map(|(name, n)| (name, n.into())).collect();
+                Ok(json!({ "ok": true, "counters": counters }))
+            }
             Some("pause") => {
                 if !self.paused {
                     self.reach.chipset.pause();
@@ -146,8 +155,10 @@ impl Machine {
                 (self.reach.stop)();
                 done
             }
-            Some(other) => Err(format!("\"{other}\" is no command; use status, balloon, pause, resume or stop")),
-            None => Err("\"command\" is missing; use status, balloon, pause, resume or stop".into()),
+            Some(other) => {
+                Err(format!("\"{other}\" is no command; use status, balloon, counters, pause, resume or stop"))
+            }
+            None => Err("\"command\" is missing; use status, balloon, counters, pause, resume or stop".into()),
         }
     }
 
@@ -184,6 +195,7 @@ mod tests {
         let reach = Reach {
             chipset: chipset.clone(),
             balloon: balloon.map(Balloon::control),
+            census: Arc::new(Census::new(0)),
             stop: Box::new(move || theirs.stop(StopCause::Host)),
         };
         let socket = ControlSocket::start(&path, reach).unwrap();
@@ -218,6 +230,7 @@ mod tests {
         assert_eq!(ask(&mut s, r#"{"command":"status"}"#)["paused"], true);
         ask(&mut s, r#"{"command":"resume"}"#);
         assert!(!chipset.paused());
+        assert_eq!(ask(&mut s, r#"{"command":"counters"}"#), json!({"ok": true, "counters": {}}));
         ask(&mut s, r#"{"command":"pause"}"#);
         ask(&mut s, r#"{"command":"stop"}"#);
         assert_eq!(chipset.stop_cause(), Some(StopCause::Host));

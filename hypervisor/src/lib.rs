@@ -4,6 +4,7 @@
 //! [`loader`] place a kernel, and runs it.
 
 pub mod acpi;
+pub mod census;
 pub mod chipset;
 pub mod config;
 pub mod control_socket;

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 use virtio::devices::console::PortInput;
 
+use crate::census::{self, Census, Counters};
 use crate::chipset::{Chipset, ChipsetConfig};
 use crate::config::devices::ConsoleConfig;
 use crate::config::{ConfigError, PerfMap, ReportTo, SerialConfig, VmConfig};
@@ -252,14 +253,16 @@ pub fn run(cfg: &VmConfig) -> Result<Outcome, VmError> {
         };
         Terminal::start(interactive, input, handle)?
     };
+    let census = Arc::new(Census::new(vcpus.len()));
     let control = cfg.control.as_deref().map(|path| {
-        let (ending, chipset) = (ending.clone(), chipset.clone());
-        let reach = Reach { chipset, balloon: placed.balloon, stop: Box::new(move || ending.stop(Early::Quit)) };
+        let (ending, chipset, census) = (ending.clone(), chipset.clone(), census.clone());
+        let stop = Box::new(move || ending.stop(Early::Quit));
+        let reach = Reach { chipset, balloon: placed.balloon, census, stop };
         ControlSocket::start(path, reach).map_err(|why| VmError::Control { path: path.display().to_string(), why })
     });
     let control = control.transpose()?;
     let began = Instant::now();
-    let ran = run_vcpus(vcpus, &chipset);
+    let ran = run_vcpus(vcpus, &chipset, &census);
     let ran_for = began.elapsed();
     // Whatever happened to the vCPU, nobody is to wait for it from here on. The first cause counts.
     chipset.stop(StopCause::Host);
@@ -358,8 +361,6 @@ impl Serial {
     }
 }
 
-type Counters = Vec<(String, u64)>;
-
 /// What vCPUs leave behind.
 struct Ran {
     result: Result<(), EngineError>,
@@ -368,7 +369,7 @@ struct Ran {
 }
 
 /// A vCPU's thread.
-fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> Ran {
+fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset, census: &Census) -> Ran {
     /// Stops the machine when the thread panics, so that the other vCPUs end, too.
     struct Panicking<'a>(&'a Chipset);
     impl Drop for Panicking<'_> {
@@ -381,28 +382,30 @@ fn run_vcpu(id: u32, mut vcpu: Box<dyn Vcpu>, chipset: &Chipset) -> Ran {
     let _guard = Panicking(chipset);
     let result = loop {
         match running::drive(id, &mut *vcpu, chipset) {
-            Ok(Driven::Paused) => wait_while_paused(chipset),
+            Ok(Driven::Paused) => wait_while_paused(chipset, || census.tell(id, || vcpu.counters())),
             other => break other.map(|_| ()),
         }
     };
     Ran { result, counters: vcpu.counters(), profile: vcpu.take_profile() }
 }
 
-/// Comes back when the machine goes on or stops. Whoever resumes a machine by hand does not mind two milliseconds.
-fn wait_while_paused(chipset: &Chipset) {
+/// Comes back when the machine goes on or stops, and calls now and then meanwhile. Whoever resumes a machine by hand does not mind two
+/// milliseconds.
+fn wait_while_paused(chipset: &Chipset, now_and_then: impl Fn()) {
     while chipset.paused() && chipset.stop_cause().is_none() {
+        now_and_then();
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
 /// Runs all vCPUs, each on a thread of its own, until the machine stops. Gives what they leave behind, taken together.
-fn run_vcpus(vcpus: Vec<Box<dyn Vcpu>>, chipset: &Arc<Chipset>) -> Result<Ran, VmError> {
+fn run_vcpus(vcpus: Vec<Box<dyn Vcpu>>, chipset: &Arc<Chipset>, census: &Arc<Census>) -> Result<Ran, VmError> {
     let mut threads = Vec::new();
     let mut refused = None;
     for (n, vcpu) in vcpus.into_iter().enumerate() {
-        let its = chipset.clone();
+        let (its, census) = (chipset.clone(), census.clone());
         let thread = std::thread::Builder::new().name(format!("vcpu{n}"));
-        match thread.spawn(move || run_vcpu(n as u32, vcpu, &its)) {
+        match thread.spawn(move || run_vcpu(n as u32, vcpu, &its, &census)) {
             Ok(t) => threads.push(t),
             Err(e) => {
                 chipset.stop(StopCause::Host);
@@ -432,14 +435,7 @@ impl Ran {
         if self.result.is_ok() {
             self.result = other.result;
         }
-        for (name, value) in other.counters {
-            match self.counters.iter_mut().find(|c| c.0 == name) {
-                // A bound is not additive.
-                Some(c) if name.contains("below") => c.1 = c.1.max(value),
-                Some(c) => c.1 += value,
-                None => self.counters.push((name, value)),
-            }
-        }
+        census::add(&mut self.counters, other.counters);
         match (&mut self.profile, other.profile) {
             (Some(all), Some(more)) => {
                 all.entries.extend(more.entries);

@@ -94,7 +94,16 @@ fn a_running_machine_takes_commands() {
     std::thread::sleep(Duration::from_secs(2));
     assert_eq!(count(&console), stopped, "a paused guest does nothing");
     control.obey("{\"command\":\"resume\"}");
+    let counted = |control: &mut Control| {
+        let answer = control.ask("{\"command\":\"counters\"}");
+        let (_, rest) = answer.split_once("\"interrupts delivered\":").expect("every engine counts interrupts");
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse::<u64>().expect("a number")
+    };
+    let interrupts = counted(&mut control);
+    assert!(interrupts > 0, "the guest has a clock");
     eventually("the guest goes on", || count(&console) > stopped + 5);
+    assert!(counted(&mut control) > interrupts, "counters are taken anew");
     control.obey("{\"command\":\"stop\"}");
     let mut status = None;
     eventually("the run ends", || {

@@ -106,8 +106,21 @@ impl Guest {
     /// # Errors
     /// The process ended or the limit passed first.
     pub(crate) fn wait_for(&mut self, text: &str, limit: Duration) -> Result<()> {
+        self.watch_for(text, limit, |_| {})
+    }
+
+    /// As [`Guest::wait_for`], and shows the console to `watch` each time that it is looked at.
+    ///
+    /// # Errors
+    /// The process ended or the limit passed first.
+    pub(crate) fn watch_for(&mut self, text: &str, limit: Duration, mut watch: impl FnMut(&str)) -> Result<()> {
         let start = Instant::now();
-        while !self.console().contains(text) {
+        loop {
+            let console = self.console();
+            watch(&console);
+            if console.contains(text) {
+                return Ok(());
+            }
             if let Some(status) = self.child.try_wait().doing("cannot wait for the guest")? {
                 return Err(Failure::new(format!("the guest ended ({status}) before it printed \"{text}\"")));
             }
@@ -116,7 +129,6 @@ impl Guest {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(())
     }
 
     /// CPU time that the process has used so far, in seconds (proc(5): utime and stime of /proc/PID/stat).

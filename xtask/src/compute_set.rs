@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::row_counters::Counters;
 pub(crate) use paravane_bench::linux::console::{Console, Group, Measurement};
 
 /// Where the set runs. The order is that of the columns and of the runs within a round.
@@ -42,6 +43,8 @@ pub(crate) struct Row {
     pub(crate) name: String,
     /// Nanoseconds of each round, by side.
     pub(crate) times: BTreeMap<Side, Vec<f64>>,
+    /// What Paravane's translator did in each round, where it is known.
+    pub(crate) counters: Vec<Counters>,
     /// The first checksum seen and the side it came from.
     pub(crate) checksum: Option<(Side, String)>,
 }
@@ -72,9 +75,18 @@ impl Results {
                 Group::from_name(group).map(|group| (group, name.to_owned()))
             })
             .filter(|(group, name)| wanted(*group, name))
-            .map(|(group, name)| Row { group, name, times: BTreeMap::new(), checksum: None })
+            .map(|(group, name)| Row { group, name, times: BTreeMap::new(), counters: Vec::new(), checksum: None })
             .collect();
         Self { rows, complaints: Vec::new() }
+    }
+
+    /// Adds what was counted in one run.
+    pub(crate) fn count(&mut self, rows: Vec<(Group, String, Counters)>) {
+        for (group, name, counters) in rows {
+            if let Some(row) = self.rows.iter_mut().find(|row| row.group == group && row.name == name) {
+                row.counters.push(counters);
+            }
+        }
     }
 
     /// Adds one run of a side.

@@ -3,7 +3,7 @@
 //! Both hold the medians over the rounds, their ratios, and per group the geometric means of the ratios. A geometric
 //! mean, because a ratio and its inverse must weigh the same. Only rows that all compared sides have enter a mean.
 
-use crate::compute_set::{Group, Results, Row, Side, geometric_mean};
+use crate::compute_set::{Group, Results, Row, Side, geometric_mean, median};
 use serde_json::{Map, Value, json};
 use std::fmt::Write as _;
 
@@ -69,6 +69,51 @@ pub(crate) fn text(results: &Results) -> String {
             let _ = write!(text, "{:>10}", factor(mean(results, group, pair).0));
         }
         text.push_str("\n\n");
+        text.push_str(&counted(results, group));
+    }
+    text
+}
+
+/// Counters that tell of calls from translated code into Rust.
+const CALLOUTS: [&str; 4] = ["chain callouts", "indirect jump misses", "instructions emulated", "accesses bounced"];
+
+/// What the translator did in each row of a group, medians over the rounds; nothing if nothing is known.
+fn counted(results: &Results, group: Group) -> String {
+    let rows = results.rows.iter().filter(|row| row.group == group && !row.counters.is_empty());
+    let mut text = String::new();
+    for row in rows {
+        let sum = |names: &[&str]| {
+            let rounds = row.counters.iter();
+            let values: Vec<f64> = rounds
+                .map(|c| names.iter().map(|name| c.get(*name).copied().unwrap_or(0)).sum::<u64>() as f64)
+                .collect();
+            median(&values).unwrap_or(0.0)
+        };
+        if text.is_empty() {
+            let _ = writeln!(
+                text,
+                "{:20}{:>12}{:>12}{:>12}{:>12}{:>12}{:>10}",
+                "bt, whole rows", "callouts", "emulated", "TLB misses", "interrupts", "translated", "chained"
+            );
+        }
+        // Of the ways out of blocks that came to Rust, those that never will again.
+        let (links, misses) = (sum(&["exits chained"]), sum(&["indirect jump misses"]));
+        let chained =
+            if links + misses > 0.0 { format!("{:.0} %", 100.0 * links / (links + misses)) } else { "-".into() };
+        let _ = writeln!(
+            text,
+            "{:20}{:>12}{:>12}{:>12}{:>12}{:>12}{:>10}",
+            row.name,
+            sum(&CALLOUTS),
+            sum(&["instructions emulated"]),
+            sum(&["TLB misses"]),
+            sum(&["interrupts delivered"]),
+            sum(&["blocks translated"]),
+            chained
+        );
+    }
+    if !text.is_empty() {
+        text.push('\n');
     }
     text
 }
@@ -91,6 +136,7 @@ pub(crate) fn json(results: &Results, host: Value, run: Value) -> Value {
                 "checksum": row.checksum.as_ref().map(|(_, sum)| sum),
                 "sides": sides,
                 "ratios": ratios,
+                "counters": row.counters,
             })
         })
         .collect();
@@ -134,6 +180,24 @@ mod tests {
         assert_eq!(lines[3], ["geometric", "mean", "4.00", "-", "-"]);
         let widths: Vec<_> = text.lines().filter(|line| !line.is_empty()).map(str::len).collect();
         assert!(widths.iter().all(|width| *width == widths[0]), "{widths:?}");
+    }
+
+    #[test]
+    fn what_the_translator_did_is_beneath_each_group() {
+        let mut results = results();
+        assert!(!text(&results).contains("chained"), "nothing was counted");
+        let counters = |links, misses| {
+            let named = [("exits chained", links), ("indirect jump misses", misses), ("instructions emulated", 5)];
+            named.into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
+        };
+        results.count(vec![(Group::Os, "b".into(), counters(90, 10)), (Group::Os, "nobody".into(), counters(1, 1))]);
+        results.count(vec![(Group::Os, "b".into(), counters(70, 30))]);
+        let text = text(&results);
+        let line = text.trim_end().lines().last().expect("a line");
+        assert_eq!(line.split_whitespace().collect::<Vec<_>>(), ["b", "25", "5", "0", "0", "0", "80", "%"]);
+        let json = json(&results, json!({}), json!({}));
+        assert_eq!(json["rows"][1]["counters"][1]["exits chained"], 70);
+        assert_eq!(json["rows"][0]["counters"], json!([]));
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod cpio;
 mod debian;
 mod host;
 mod initramfs;
+mod row_counters;
 mod task_abi;
 mod task_bench_boot;
 mod task_bench_check;

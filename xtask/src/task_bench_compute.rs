@@ -9,6 +9,7 @@
 use crate::boot::{self, Guest};
 use crate::compute_set::{Console, Group, Measurement, Results, Side};
 use crate::host::{self, Doing, Failure, Result};
+use crate::row_counters::RowCounters;
 use crate::{compute_root, compute_table, task_guests};
 use serde_json::{Value, json};
 use std::fs;
@@ -145,10 +146,15 @@ impl<'a> Bench<'a> {
         match side {
             Side::Host => self.run_host(results),
             Side::Bt => {
-                let command = boot::paravane_with(MEMORY, &self.paravane, "bt", &self.kernel, &self.image, &cmdline);
-                self.run_guest(side, command, results)
+                let mut command =
+                    boot::paravane_with(MEMORY, &self.paravane, "bt", &self.kernel, &self.image, &cmdline);
+                let socket = std::env::temp_dir().join(format!("paravane-bench-{}.socket", std::process::id()));
+                command.arg("--control").arg(&socket);
+                self.run_guest(side, command, Some(&socket), results)
             }
-            Side::Tcg => self.run_guest(side, boot::qemu_with(MEMORY, &self.kernel, &self.image, &cmdline), results),
+            Side::Tcg => {
+                self.run_guest(side, boot::qemu_with(MEMORY, &self.kernel, &self.image, &cmdline), None, results)
+            }
         }
     }
 
@@ -187,12 +193,16 @@ impl<'a> Bench<'a> {
         line
     }
 
-    fn run_guest(&self, side: Side, mut command: Command, results: &mut Results) -> Result<()> {
+    /// Runs a guest; `socket` is where it takes commands, if it does.
+    fn run_guest(&self, side: Side, mut command: Command, socket: Option<&Path>, results: &mut Results) -> Result<()> {
         let limit = Duration::from_secs(self.args.limit);
         let mut guest = Guest::start(&mut command, Stdio::null())?;
+        let mut counters = None;
         let markers = guest.wait_for("bench-begin", limit).and_then(|()| {
+            counters = socket.map(RowCounters::start).transpose()?;
             let start = Instant::now();
-            guest.wait_for("bench-end", limit).map(|()| start.elapsed())
+            let watch = |console: &str| counters.iter_mut().for_each(|c| c.look(console));
+            guest.watch_for("bench-end", limit, watch).map(|()| start.elapsed())
         });
         // After the last marker only the power-off is left; after a failure the rest of the console may say why.
         let grace = if markers.is_ok() { Duration::from_secs(60) } else { Duration::from_secs(1) };
@@ -219,6 +229,9 @@ impl<'a> Bench<'a> {
             results.complaints.push(format!("the {} guest: {} (console: {place})", side.name(), trouble.join("; ")));
         }
         results.add(side, console.rows);
+        if let Some(counters) = counters {
+            results.count(counters.finish());
+        }
         Ok(())
     }
 }
