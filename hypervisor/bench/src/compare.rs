@@ -5,6 +5,7 @@
 //! between its own rounds is no difference between the two. A report with so few rounds that it has no spread to speak of gets
 //! [`UNKNOWN`]. Counters are different: an exact one comes out the same in every run, so any difference is one, and is named.
 
+use crate::exact;
 use crate::model::{Measured, Report, Row, Side};
 use crate::table;
 use std::fmt::Write as _;
@@ -17,19 +18,6 @@ pub const UNKNOWN: f64 = 0.15;
 
 /// So much may an exact counter differ, for it is stored as a quotient.
 const ROUNDING: f64 = 1e-6;
-
-/// Counters of what was translated and linked. It happens once, not by operation, and a block more or less depends on where the host's memory
-/// happens to be and on when a timer fired, so what a thousandth of an operation differs in says nothing.
-const ONCE: [&str; 8] = [
-    "blocks translated",
-    "instructions translated",
-    "guest bytes translated",
-    "code bytes emitted",
-    "exits chained",
-    "chain callouts",
-    "indirect jump misses",
-    "translation time (ns)",
-];
 
 /// What became of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,7 +138,7 @@ fn different(before: &Measured, after: &Measured) -> Vec<(String, f64, f64)> {
     let mut names: Vec<_> = before.counters.keys().chain(after.counters.keys()).collect();
     names.sort();
     names.dedup();
-    for name in names.into_iter().filter(|name| !ONCE.contains(&name.as_str())) {
+    for name in names.into_iter().filter(|name| exact::counted(name) && !exact::interruptible(name)) {
         let of = |measured: &Measured| measured.counters.get(name).copied().unwrap_or(0.0);
         add(name, of(before), of(after));
     }

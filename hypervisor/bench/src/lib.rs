@@ -19,6 +19,7 @@ pub mod model;
 pub mod progress;
 pub mod table;
 
+mod exact;
 mod surroundings;
 #[cfg(test)]
 mod testing;

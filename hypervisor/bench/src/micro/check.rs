@@ -9,7 +9,7 @@
 use super::cases::{CASES, Case};
 use super::guest::{Engine, Form, Guest};
 use super::per_operation;
-use crate::Result;
+use crate::{Result, exact};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -38,39 +38,10 @@ pub struct Counts {
 /// Counters of a whole run that are kept beside those per operation.
 const TRANSLATED: &str = "instructions translated";
 
-/// Counters that are the same in every run. What is not here depends on when the host lets the hypervisor run.
-const EXACT: &[&str] = &[
-    "instructions emulated",
-    "MMIO reads",
-    "MMIO writes",
-    "port reads",
-    "port writes",
-    "TLB misses",
-    "TLB flushes",
-    "TLB page flushes",
-    "hypercalls",
-    "exceptions delivered",
-    "page faults delivered",
-    "interrupts delivered",
-    "host signals in translated code",
-    "accesses bounced",
-    "chain callouts",
-    "indirect jump misses",
-    "window mappings made",
-    "dispatcher entries",
-    "halts",
-    "KVM exits",
-    "MSR reads",
-    "MSR writes",
-    "ends of interrupt",
-];
-
 /// Counters within this of each other are equal: they are rounded.
 const ROUNDING: f64 = 0.002;
 
-/// Counters that grow by one or two more when the host takes the CPU away at the wrong moment, for a loop is then entered anew:
-/// only their first decimal says something of the operation.
-const COARSE: &[&str] = &["chain callouts", "indirect jump misses", "dispatcher entries"];
+/// How far what an interruption changes ([`exact::interruptible`]) may be off.
 const COARSE_ROUNDING: f64 = 0.1;
 
 /// The same for what was translated, as a part of it.
@@ -114,10 +85,7 @@ fn count_one(guest: &Guest, engine: Engine, form: Form, case: &Case, translated_
         None => return Ok(Counted::Missing(few.failure.unwrap_or_else(|| "no result".to_owned()))),
     }
     let mut counters = per_operation((few_done, &few.counters), (many_done, &many.counters));
-    counters.retain(|name, each| {
-        let coarse = COARSE.contains(&name.as_str());
-        EXACT.contains(&name.as_str()) && !(coarse && each.abs() < COARSE_ROUNDING)
-    });
+    counters.retain(|name, each| exact::counted(name) && !(exact::interruptible(name) && each.abs() < COARSE_ROUNDING));
     if let Some(translated) = few.counters.get(TRANSLATED) {
         counters.insert(TRANSLATED.to_owned(), translated - translated_by_all);
     }
@@ -170,7 +138,7 @@ fn compare(
         let [was, is] = [expected, found].map(|counters| counters.get(name).copied().unwrap_or(0.0));
         let within = match name.as_str() {
             TRANSLATED => was.abs() * TRANSLATED_ROUNDING,
-            name if COARSE.contains(&name) => COARSE_ROUNDING,
+            name if exact::interruptible(name) => COARSE_ROUNDING,
             _ => ROUNDING,
         };
         if (was - is).abs() > within {
