@@ -540,6 +540,21 @@ impl Asm {
         }]);
     }
 
+    /// Adds to the low byte. Clobbers flags.
+    pub(crate) fn add8_flags(&mut self, d: H, v: i8) {
+        self.b(&[0x40 | d.high(), 0x80, 0xc0 | d.low(), v as u8]);
+    }
+
+    /// `mov ah, al`.
+    pub(crate) fn mov_ah_al(&mut self) {
+        self.b(&[0x88, 0xc4]);
+    }
+
+    /// SF, ZF, AF, PF and CF from AH.
+    pub(crate) fn sahf(&mut self) {
+        self.b(&[0x9e]);
+    }
+
     pub(crate) fn pushfq(&mut self) {
         self.b(&[0x9c]);
     }

@@ -1,6 +1,7 @@
 //! What a translated block is: its key, its ways out, and what the engine must know about places inside it.
 
 use crate::cache::Placed;
+use crate::state::Side;
 use iced_x86::Instruction;
 use paravane_cpu::state::{cr0, cr4, efer, rflags};
 use paravane_cpu::{CpuState, Seg, Segment};
@@ -177,6 +178,17 @@ impl Mode {
 
     pub(crate) fn with_view(self, view: u32) -> Self {
         Self((self.0 & !(3 << Self::VIEW_SHIFT)) | (view << Self::VIEW_SHIFT))
+    }
+
+    /// Whose calls blocks of this mode make.
+    pub(crate) fn side(self) -> Side {
+        if self.has(Self::USER) { Side::User } else { Side::Kernel }
+    }
+
+    /// Whether blocks of this mode may call and return by the translated code's own stack: user code with windows, and 64-bit kernel code.
+    /// The latter in one view only, so that STAC and CLAC need not forget the calls of the other.
+    pub(crate) fn calls(self) -> bool {
+        !self.alone() && (self.has(Self::WINDOW) || self.0 & !Self::GLOBAL == self.kernel64().0)
     }
 
     /// Whether blocks of this mode stand alone: never linked, never in the jump cache.

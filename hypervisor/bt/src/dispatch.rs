@@ -147,7 +147,7 @@ impl Engine {
                 st.init();
                 self.injection = None;
                 self.shared().irq_window = 0;
-                self.forget_calls();
+                self.forget_all_calls();
                 self.state_replaced();
             }
             Startup::Sipi(vector) if st.halted == AWAITS_STARTUP => st.start_up(vector),

@@ -2,12 +2,12 @@
 #![allow(unsafe_code)] // Reaches the state shared with translated code.
 
 use crate::asm::Asm;
-use crate::block::{BlockId, FaultKind, Key, Tables};
+use crate::block::{BlockId, FaultKind, Key, Mode, Tables};
 use crate::cache::CodeMemory;
 use crate::fetch::{CodePage, ExecTlb};
 use crate::perf_map::PerfMap;
 use crate::profile::Profiler;
-use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Thunk, VIEWS};
+use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Side, Thunk, VIEWS};
 use crate::stats::{Histogram, Stats};
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
 use crate::window::Window;
@@ -203,6 +203,8 @@ pub(crate) struct Engine {
     pub(crate) before_fault: [u8; 576],
 
     pub(crate) window: Window,
+    /// The modes in which the calls of each [`Side`] were made.
+    pub(crate) calls_mode: [Mode; 2],
     /// [`crate::block::Mode::MIXED`] when the next block is to be of that kind.
     pub(crate) variant: u32,
 
@@ -278,6 +280,7 @@ impl Engine {
             memory,
             ram,
             window,
+            calls_mode: [Mode(NO_MODE); 2],
             variant: 0,
             bus,
             cpuid: CpuidPolicy::host(&CpuidConfig { cpus: cfg.cpus, tsc_khz: cfg.tsc_khz, apic_hz: cfg.apic_hz })
@@ -315,7 +318,9 @@ impl Engine {
             pause_limit,
             cache_full: false,
         };
-        e.forget_calls();
+        for side in [Side::Kernel, Side::User] {
+            e.forget_calls_in(side, Side::User);
+        }
         e.clear_tlb_arrays();
         e.init_jump_caches();
         Ok(e)
@@ -338,17 +343,54 @@ impl Engine {
         unsafe { &mut *self.state }
     }
 
-    /// Forgets which calls translated code is in: where they would return to may no longer be right.
-    pub(crate) fn forget_calls(&mut self) {
-        let sh = self.shared();
-        sh.code_rsp = sh.frames.reset(thunks::underflow as *const () as u64);
-        sh.neg_last_frame = sh.code_rsp.wrapping_neg();
+    /// Forgets which calls user or kernel code is in: where they would return to may no longer be right. Not from a signal handler.
+    pub(crate) fn forget_calls(&mut self, side: Side) {
+        let current = self.side_of(self.shared().code_rsp);
+        self.forget_calls_in(side, current);
     }
 
-    /// Whether a host address is where translated code runs out of stack.
-    pub(crate) fn in_frame_guard(&self, address: u64) -> bool {
-        let guard = &raw const self.shared().frame_guard as u64;
-        address.wrapping_sub(guard) < size_of::<crate::state::PollPage>() as u64
+    /// As [`Self::forget_calls`], for both.
+    pub(crate) fn forget_all_calls(&mut self) {
+        self.forget_calls(Side::User);
+        self.forget_calls(Side::Kernel);
+    }
+
+    /// The same for one side while `current` runs.
+    pub(crate) fn forget_calls_in(&mut self, side: Side, current: Side) {
+        let sh = self.shared();
+        let n = side as usize;
+        // A callout that goes on in its block returns by the word below the stack pointer.
+        let below = sh.frames[n].word(sh.code_rsp.wrapping_sub(8));
+        let rsp = sh.frames[n].reset(thunks::underflow as *const () as u64, below);
+        sh.neg_last_frame[n] = rsp.wrapping_neg();
+        if side == current {
+            sh.code_rsp = rsp;
+        } else {
+            sh.side_rsp[n] = rsp;
+        }
+    }
+
+    /// Whose stack a stack pointer of translated code points into.
+    pub(crate) fn side_of(&self, rsp: u64) -> Side {
+        if self.shared().frames[Side::Kernel as usize].contains(rsp) { Side::Kernel } else { Side::User }
+    }
+
+    /// Translated code of the other side is entered next, unless it is the same.
+    pub(crate) fn use_side(&mut self, side: Side) {
+        let sh = self.shared();
+        let current = self.side_of(sh.code_rsp);
+        if current != side {
+            sh.side_rsp[current as usize] = sh.code_rsp;
+            sh.code_rsp = sh.side_rsp[side as usize];
+        }
+    }
+
+    /// Whether a host address is where translated code runs out of stack, and whose stack that is.
+    pub(crate) fn in_frame_guard(&self, address: u64) -> Option<Side> {
+        [Side::User, Side::Kernel].into_iter().find(|&side| {
+            let guard = &raw const self.shared().frames[side as usize].guard as u64;
+            address.wrapping_sub(guard) < size_of::<crate::state::PollPage>() as u64
+        })
     }
 
     /// All counters with their names; emulated instructions by mnemonic, most frequent first.

@@ -163,11 +163,14 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
     let regs = &mut ctx.uc_mcontext.gregs;
     let rip = regs[libc::REG_RIP as usize] as u64;
     let trap = regs[libc::REG_TRAPNO as usize] as u32;
-    if trap == 14 && e.code.offset_of(rip).is_some() && e.in_frame_guard(regs[libc::REG_CR2 as usize] as u64) {
+    if trap == 14
+        && e.code.offset_of(rip).is_some()
+        && let Some(side) = e.in_frame_guard(regs[libc::REG_CR2 as usize] as u64)
+    {
         // Too many calls without a return. Forgetting them costs predictions, nothing else; but a frame that is half
         // pushed is to be pushed whole.
         let old = regs[libc::REG_RSP as usize] as u64;
-        e.forget_calls();
+        e.forget_calls_in(side, side);
         // SAFETY: the shared state outlives the engine; the stack pointer is above the guard, in the frames.
         unsafe {
             let mut new = (*e.state).code_rsp;

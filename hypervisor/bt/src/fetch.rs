@@ -176,6 +176,7 @@ impl Engine {
             }
         }
         self.shared().mode = key.mode.0;
+        self.use_side(key.mode.side());
         self.refresh_fast_segments();
         if key.mode.alone() || !key.mode.has(Mode::FLAT) || key.mode.has(Mode::MIXED) {
             return target;
@@ -187,6 +188,11 @@ impl Engine {
         if self.shared().jc_mode[view] != shared.0 && !self.ungate(shared) {
             self.flush_jump_cache(view);
             self.shared().jc_mode[view] = shared.0;
+        }
+        if shared.calls() && self.calls_mode[shared.side() as usize] != shared {
+            // A call is returned to in the mode that it was made in.
+            self.calls_mode[shared.side() as usize] = shared;
+            self.forget_calls(shared.side());
         }
         let n = key.rip as usize & (JC_ENTRIES - 1);
         let [first, second] = &mut self.shared().jc[view].ways;
@@ -360,7 +366,7 @@ impl Engine {
         let peek = if key.mode.is64() && !key.mode.alone() && second_page.is_none() {
             // SAFETY: as above, for the page as a whole.
             let page = self.ram.host(key.gpa & !0xfff, 4096).map(|p| unsafe { std::slice::from_raw_parts(p, 4096) });
-            page.map(|bytes| Peek::new(bytes, key.rip & !0xfff))
+            page.map(|bytes| Peek::new(bytes, key.rip & !0xfff, !key.mode.has(Mode::RING)))
         } else {
             None
         };
@@ -415,6 +421,10 @@ impl Engine {
         let from = &self.tables.blocks[x.block as usize];
         let mode = Mode(self.shared().mode);
         let shared = |m: Mode| m.0 & !Mode::GLOBAL;
+        if (from.key.mode.0 ^ mode.0) & Mode::DF != 0 {
+            // Both directions share a jump cache and calls to return to, which must be forgotten in between.
+            return;
+        }
         if !from.live || mode.alone() || self.cpu().rip != rip || shared(mode) != shared(x.target_mode) {
             return;
         }
@@ -528,7 +538,7 @@ impl Engine {
         self.release_all_pages();
         self.cross_links.clear();
         self.window.forget_links();
-        self.forget_calls();
+        self.forget_all_calls();
         self.tables.clear();
         self.code.clear();
         self.forget_names();

@@ -40,7 +40,7 @@ impl Engine {
         self.injection = s.events.injection;
         self.stop = None;
         self.shared().irq_window = 0;
-        self.forget_calls();
+        self.forget_all_calls();
         self.state_replaced();
         self.cache_full = true; // it is emptied before the next block is looked for
         Ok(())

@@ -4,7 +4,7 @@
 use crate::block::{BlockId, Mode, Site};
 use crate::engine::Engine;
 use crate::profile::Cause;
-use crate::state::{JumpEntry, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
+use crate::state::{JumpEntry, Side, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::{cr4, rflags};
 use paravane_cpu::{CpuState, Env, Exception, Seg, ea};
@@ -454,6 +454,7 @@ impl Engine {
         }
         self.low_cross_links = false;
         self.low_supervisor_code = false;
+        self.forget_calls(Side::Kernel);
         for x in std::mem::take(&mut self.cross_links) {
             self.unlink(x);
         }

@@ -69,8 +69,10 @@ pub(crate) struct BtState {
     pub(crate) host_rsp: u64,
     /// Host stack pointer of translated code, while Rust code runs: in [`BtState::frames`].
     pub(crate) code_rsp: u64,
-    /// The negated address of the last frame, the one that no call made.
-    pub(crate) neg_last_frame: u64,
+    /// The stack pointers of user and kernel code; of the two, the one that is not in use.
+    pub(crate) side_rsp: [u64; 2],
+    /// The negated addresses of their last frames, those that no call made.
+    pub(crate) neg_last_frame: [u64; 2],
     /// The engine, for callouts.
     pub(crate) engine: u64,
     /// Mask that selects the TLB index from an address (for PEXT).
@@ -132,29 +134,54 @@ pub(crate) struct BtState {
     pub(crate) jc: [JumpCache; VIEWS],
     /// From here on protections change, which huge pages do not survive.
     pub(crate) poll_page: PollPage,
-    /// Without access: translated code that calls deeper than [`BtState::frames`] faults here.
-    pub(crate) frame_guard: PollPage,
-    /// The stack of translated code. A call in window blocks pushes the guest's return address, then calls; a return
-    /// compares, then returns, so that the host CPU predicts the guest's returns.
-    pub(crate) frames: Frames,
+    /// The stacks of translated code, of user and kernel code. A call pushes the guest's return address, then calls; a return
+    /// compares, then returns, so that the host CPU predicts the guest's returns. User code must never return to what kernel code
+    /// called from, hence two.
+    pub(crate) frames: [Frames; 2],
 }
 
-/// Words of the translated code's stack.
-const FRAME_WORDS: usize = 1 << 17;
+/// Words of a stack of translated code.
+const FRAME_WORDS: usize = 1 << 16;
 
-/// The stack that translated code runs on.
+/// A stack that translated code runs on.
 #[repr(C, align(4096))]
-pub(crate) struct Frames([u64; FRAME_WORDS]);
+pub(crate) struct Frames {
+    /// Without access: translated code that calls deeper faults here.
+    pub(crate) guard: PollPage,
+    words: [u64; FRAME_WORDS],
+}
+
+/// Whose calls are in one of the [`Frames`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub(crate) enum Side {
+    User,
+    Kernel,
+}
 
 impl Frames {
-    /// The complement of a return address that no guest can return to: it is not canonical.
-    const NOWHERE: u64 = 1 << 62 | 1;
+    /// The complement of a return address that is not canonical.
+    pub(crate) const NOWHERE: u64 = 1 << 62 | 1;
 
-    /// Forgets all calls; gives the stack pointer. `underflow` is where a return without a call would go.
-    pub(crate) fn reset(&mut self, underflow: u64) -> u64 {
-        self.0[FRAME_WORDS - 2] = underflow;
-        self.0[FRAME_WORDS - 1] = Self::NOWHERE;
-        &raw const self.0[FRAME_WORDS - 2] as u64
+    /// Forgets all calls; gives the stack pointer. `underflow` is where a return without a call would go, `below` the word that is to stand
+    /// below the stack pointer.
+    pub(crate) fn reset(&mut self, underflow: u64, below: u64) -> u64 {
+        self.words[FRAME_WORDS - 3] = below;
+        self.words[FRAME_WORDS - 2] = underflow;
+        self.words[FRAME_WORDS - 1] = Self::NOWHERE;
+        &raw const self.words[FRAME_WORDS - 2] as u64
+    }
+
+    /// The word at an address, if it is in this stack.
+    pub(crate) fn word(&self, address: u64) -> u64 {
+        let at = address.wrapping_sub(&raw const self.words as u64) / 8;
+        self.words.get(at as usize).copied().unwrap_or(0)
+    }
+
+    /// Whether an address is in this stack or its guard.
+    pub(crate) fn contains(&self, address: u64) -> bool {
+        let start = &raw const *self as u64;
+        (start..start + size_of::<Self>() as u64).contains(&address)
     }
 }
 
@@ -259,7 +286,14 @@ pub(crate) mod off {
     pub(crate) const HIGH_BACK: i32 = offset_of!(BtState, high_back) as i32;
     pub(crate) const LOW_OFFSET: i32 = offset_of!(BtState, low_offset) as i32;
     pub(crate) const LOW_BACK: i32 = offset_of!(BtState, low_back) as i32;
-    pub(crate) const NEG_LAST_FRAME: i32 = offset_of!(BtState, neg_last_frame) as i32;
+    /// The address of a side's last frame, negated.
+    pub(crate) fn neg_last_frame(side: Side) -> i32 {
+        (offset_of!(BtState, neg_last_frame) + 8 * side as usize) as i32
+    }
+    /// A side's stack pointer while the other one runs.
+    pub(crate) fn side_rsp(side: Side) -> i32 {
+        (offset_of!(BtState, side_rsp) + 8 * side as usize) as i32
+    }
     pub(crate) const MODE: i32 = offset_of!(BtState, mode) as i32;
     pub(crate) const IRQ_WINDOW: i32 = offset_of!(BtState, irq_window) as i32;
     pub(crate) const PAUSES: i32 = offset_of!(BtState, pauses) as i32;

@@ -11,7 +11,7 @@
 #![allow(unsafe_code)] // Naked functions: the boundary itself cannot be written in safe Rust.
 
 use crate::callouts;
-use crate::state::{BtState, JumpCache, JumpEntry};
+use crate::state::{BtState, Frames, JumpCache, JumpEntry};
 use std::arch::naked_asm;
 use std::mem::offset_of;
 
@@ -312,10 +312,20 @@ pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
     )
 }
 
-/// Where a return goes that no call was made for, if ever one finds its way here: RIP is in the state.
+/// Where a return goes that no call was made for: the guest has returned to [`Frames::NOWHERE`], which is not canonical.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn underflow() {
-    naked_asm!("lea rsp, [rsp-16]", "mov r11d, {none}", "jmp {f}", none = const crate::block::NO_CALLOUT, f = sym lookup)
+    naked_asm!(
+        "lea rsp, [rsp-16]",
+        "mov rcx, {nowhere}",
+        "mov gs:[{rip}], rcx",
+        "mov r11d, {none}",
+        "jmp {f}",
+        nowhere = const !Frames::NOWHERE,
+        rip = const offset_of!(BtState, cpu.rip),
+        none = const crate::block::NO_CALLOUT,
+        f = sym lookup,
+    )
 }
 
 /// [`crate::state::Thunk::Chain`], jumped to: R11D = exit.

@@ -4,7 +4,7 @@
 use crate::engine::Engine;
 use crate::fault;
 use crate::profile::Profile;
-use crate::state::{BtState, PollPage};
+use crate::state::{BtState, Frames, PollPage};
 use crate::window::LOW_SPAN;
 use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
@@ -127,10 +127,13 @@ impl StateMemory {
                 libc::munmap(p, span);
                 return None;
             }
-            let guard = p.cast::<u8>().add(offset_of!(BtState, frame_guard));
-            if libc::mprotect(guard.cast(), size_of::<PollPage>(), libc::PROT_NONE) != 0 {
-                libc::munmap(p, span);
-                return None;
+            for side in 0..2 {
+                let frames = p.cast::<u8>().add(offset_of!(BtState, frames) + side * size_of::<Frames>());
+                let guard = frames.add(offset_of!(Frames, guard));
+                if libc::mprotect(guard.cast(), size_of::<PollPage>(), libc::PROT_NONE) != 0 {
+                    libc::munmap(p, span);
+                    return None;
+                }
             }
             Some(Self { state: NonNull::new(p.cast())?, span })
         }

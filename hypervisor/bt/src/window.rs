@@ -35,7 +35,7 @@
 
 use crate::block::{BlockId, Mode};
 use crate::engine::{Engine, Ram, WordMap};
-use crate::state::{BtState, NO_MODE};
+use crate::state::{BtState, NO_MODE, Side};
 use crate::vcpu::{StateMemory, Windows};
 use high::Held;
 pub(crate) use high::{HIGH_SHIFT, High};
@@ -412,7 +412,7 @@ impl Engine {
         if self.window.stacked != stacked {
             self.window.stacked = stacked;
             // Nothing must lead back into blocks of the other kind.
-            self.forget_calls();
+            self.forget_calls(Side::User);
             self.shared().jc_mode[Mode::VIEW_USER as usize] = NO_MODE;
             self.flush_jump_cache(Mode::VIEW_USER as usize);
         }
@@ -474,7 +474,7 @@ impl Engine {
 
     /// Undoes links to a page of the process's code.
     pub(crate) fn unlink_page(&mut self, page: u64) {
-        self.forget_calls();
+        self.forget_calls(Side::User);
         let Some(code) = self.window.code.remove(&page) else { return };
         let mut links = Vec::with_capacity(code.links.len());
         // The last one is found first in its target's list.
@@ -523,7 +523,7 @@ impl Engine {
 
     fn give_window(&mut self, to: (u64, u64)) {
         self.activate(false);
-        self.forget_calls();
+        self.forget_calls(Side::User);
         self.check_code();
         let w = &mut self.window;
         w.clear();
@@ -537,7 +537,7 @@ impl Engine {
     /// The windows cost their process more than they save.
     fn take_window(&mut self) {
         self.activate(false);
-        self.forget_calls();
+        self.forget_calls(Side::User);
         let w = &mut self.window;
         if let Some((root, _)) = w.owner.take() {
             if w.need.len() > 1024 {

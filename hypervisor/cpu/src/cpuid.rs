@@ -92,6 +92,9 @@ const L7_1_EDX_HOST: u32 = bits(&[4, 5, 10]);
 // Leaf 0x80000001 ECX: LZCNT SSE4A 3DNOWPREFETCH (host); LAHF (own).
 const X1_ECX_HOST: u32 = bits(&[5, 6, 8]);
 const X1_ECX_OWN: u32 = bits(&[0]);
+// Leaf 7.2 EDX on Intel: BHI_CTRL MCDT_NO. Recent kernels clear the branch history by a loop at each system call even if the CPU says
+// BHI_NO, unless it can be told not to use the history.
+const L7_2_EDX_INTEL: u32 = bits(&[4, 5]);
 // Leaf 0x80000001 EDX: SYSCALL NX 1G RDTSCP LM (own); AMD's MMXEXT (host).
 const X1_EDX_OWN: u32 = bits(&[11, 20, 26, 27, 29]);
 const X1_EDX_AMD: u32 = bits(&[22]);
@@ -191,10 +194,14 @@ impl CpuidPolicy {
         if !avx512 {
             b &= !bits(&[16, 17, 21, 28, 30, 31]);
         }
-        self.put(7, 0, [subleaves.min(1), b, (ecx & L7_ECX_HOST) | L7_ECX_OWN, (edx & L7_EDX_HOST) | spec]);
+        let last = if self.vendor == Vendor::Intel { 2 } else { subleaves.min(1) };
+        self.put(7, 0, [last, b, (ecx & L7_ECX_HOST) | L7_ECX_OWN, (edx & L7_EDX_HOST) | spec]);
         if subleaves >= 1 {
             let [eax, _, _, edx] = cpuid(7, 1);
             self.put(7, 1, [eax & L7_1_EAX_HOST, 0, 0, edx & L7_1_EDX_HOST]);
+        }
+        if self.vendor == Vendor::Intel {
+            self.put(7, 2, [0, 0, 0, L7_2_EDX_INTEL]);
         }
     }
 

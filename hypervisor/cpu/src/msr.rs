@@ -70,8 +70,8 @@ pub mod nr {
 const MTRR_VARIABLE: u64 = 8;
 /// EFER.AIBRSE, AMD's automatic IBRS (APM vol. 2, section 3.1.7): kept, without effect.
 const EFER_AIBRSE: u64 = 1 << 21;
-/// IA32_SPEC_CTRL: IBRS, STIBP, SSBD.
-pub(crate) const SPEC_CTRL_BITS: u64 = 7;
+/// IA32_SPEC_CTRL: IBRS, STIBP, SSBD, BHI_DIS_S.
+pub(crate) const SPEC_CTRL_BITS: u64 = 7 | 1 << 10;
 
 fn gp<T>() -> Result<T, Exception> {
     Err(Exception::GeneralProtection(0))

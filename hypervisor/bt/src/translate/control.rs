@@ -389,8 +389,11 @@ impl Translator<'_> {
     }
 
     /// Whether calls and returns of this block go by the translated code's own stack.
+    ///
+    /// Kernel code has them where its mapping is global, so that a CR3 load concerns no call.
     fn has_frames(&self) -> bool {
-        self.mode.has(Mode::WINDOW) && !self.mode.alone()
+        let m = self.mode;
+        m.calls() && (m.has(Mode::WINDOW) || (self.start_rip >> 63 != 0 && m.has(Mode::GLOBAL)))
     }
 
     /// Pushes the complement of the guest's return address on the translated code's stack, from R11 if it is `at_hand` there. The call must follow
@@ -512,6 +515,7 @@ impl Translator<'_> {
 
     /// Behind the block: returns to where the last call did not come from.
     pub(crate) fn emit_other_returns(&mut self) {
+        let side = self.mode.side();
         for (label, i) in std::mem::take(&mut self.other_returns) {
             let a = &mut self.asm;
             a.bind(label);
@@ -522,7 +526,7 @@ impl Translator<'_> {
             a.store(M::gs(off::RIP), H::RCX);
             // Drop the frame, unless it is the last one.
             let last = a.label();
-            a.load(H::R11, M::gs(off::NEG_LAST_FRAME));
+            a.load(H::R11, M::gs(off::neg_last_frame(side)));
             // RSP can be a base and no index.
             a.lea(H::RCX, M::base_index(H::RSP, H::R11));
             a.jrcxz(last);

@@ -21,12 +21,14 @@ pub(crate) struct Peek<'a> {
     bytes: &'a [u8],
     base: u64,
     seen: Range<u16>,
+    /// The code runs in ring 0.
+    kernel: bool,
 }
 
 impl<'a> Peek<'a> {
     /// `bytes` are the whole page that begins at RIP `base`.
-    pub(crate) fn new(bytes: &'a [u8], base: u64) -> Self {
-        Self { bytes, base, seen: 0..0 }
+    pub(crate) fn new(bytes: &'a [u8], base: u64, kernel: bool) -> Self {
+        Self { bytes, base, seen: 0..0, kernel }
     }
 
     /// What was looked at.
@@ -57,7 +59,7 @@ impl<'a> Peek<'a> {
             }
             self.note(start as usize, at + i.len());
             at += i.len();
-            let (kills, reads) = effect(&i);
+            let (kills, reads) = effect(&i, self.kernel);
             live |= reads & open;
             match classify(i.code()) {
                 Class::Jcc if deep > 0 && open & !live != 0 => {
@@ -80,11 +82,12 @@ impl<'a> Peek<'a> {
 /// code may look at them and, without `peek`, at the block's end.
 pub(super) fn flag_liveness(code: &[Instruction], mut peek: Option<&mut Peek<'_>>) -> Vec<bool> {
     let mut out = vec![true; code.len()];
+    let kernel = peek.as_ref().is_some_and(|p| p.kernel);
     let mut ahead = |rip: u64| peek.as_mut().map_or(ALL, |p| p.live_at(rip, DEEP));
     let mut live = ALL;
     for (n, i) in code.iter().enumerate().rev() {
         let last = n + 1 == code.len();
-        let (kills, reads) = effect(i);
+        let (kills, reads) = effect(i, kernel);
         live = match classify(i.code()) {
             Class::Jcc => {
                 let next = if last { ahead(i.next_ip()) } else { live };
@@ -105,11 +108,17 @@ pub(super) fn flag_liveness(code: &[Instruction], mut peek: Option<&mut Peek<'_>
 }
 
 /// Flags that an instruction overwrites for certain, and flags that it may read, or leave for somebody who does.
-fn effect(i: &Instruction) -> (u32, u32) {
+fn effect(i: &Instruction, kernel: bool) -> (u32, u32) {
     match classify(i.code()) {
         Class::Copy(_) | Class::Nop | Class::Lea | Class::BitTest | Class::Push | Class::Pop | Class::Leave => {}
         Class::Jcc => return (0, i.rflags_read() & ALL),
         Class::JmpDirect => return (0, 0),
+        // In ring 0 they leave the flags alone, also where Rust carries them out. Elsewhere they may fault.
+        Class::Cli | Class::Sti | Class::Stac | Class::Clac | Class::Swapgs if kernel => return (0, 0),
+        Class::Rdtsc | Class::Rdtscp | Class::Pause if kernel => return (0, 0),
+        Class::ReadCr | Class::ReadBase | Class::ReadSegment if kernel => return (0, 0),
+        // These replace them all. A fault shows others, as any fault may.
+        Class::Sysretq | Class::Iretq if kernel => return (ALL, 0),
         // Rust code may look at them.
         _ => return (0, ALL),
     }
@@ -159,7 +168,7 @@ mod tests {
         let mut page = bytes.to_vec();
         page.resize(4096, 0xcc);
         let code: Vec<_> = Decoder::with_ip(64, &page, BASE, DecoderOptions::NONE).into_iter().take(count).collect();
-        let mut peek = Peek::new(&page, BASE);
+        let mut peek = Peek::new(&page, BASE, true);
         let out = flag_liveness(&code, Some(&mut peek));
         (out, peek.seen())
     }
@@ -182,6 +191,18 @@ mod tests {
         // inc eax, which keeps CF; then a way out of the page.
         let (out, _) = live(&[0xeb, 0, 0xff, 0xc0, 0xe9, 0, 0x10, 0, 0], 1);
         assert_eq!(out, [true]);
+    }
+
+    #[test]
+    fn flags_are_dead_before_a_return_to_user_code() {
+        // mov rax, [rbx]; swapgs; sysretq, and the same with IRETQ
+        for last in [[0x48, 0x0f, 0x07], [0x48, 0xcf, 0x90]] {
+            let (out, _) = live(&[&[0x48, 0x8b, 0x03, 0x0f, 0x01, 0xf8][..], &last].concat(), 3);
+            assert_eq!(out, [false, false, false]);
+        }
+        // mov rax, [rbx]; cli; setc al
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0xfa, 0x0f, 0x92, 0xc0], 3);
+        assert_eq!(out, [true, true, true]);
     }
 
     #[test]

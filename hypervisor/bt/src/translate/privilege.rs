@@ -7,7 +7,7 @@
 use super::Translator;
 use crate::asm::{H, Label, M, cc};
 use crate::block::{Action, Mode};
-use crate::state::{FastSegments, off};
+use crate::state::{FastSegments, Side, off};
 use iced_x86::Instruction;
 use paravane_cpu::state::rflags;
 use std::mem::offset_of;
@@ -50,7 +50,7 @@ impl Translator<'_> {
         self.asm.store_simm32(M::gs(off::seg_base(seg)), 0);
     }
 
-    /// Makes the flags in RCX current: the native ones in the host, the rest in the state. Clobbers R11.
+    /// Makes the flags in RCX current: the native ones in the host, the rest in the state. DF is clear, in them and in the host. Clobbers R11.
     fn load_flags(&mut self) {
         let a = &mut self.asm;
         let native = rflags::NATIVE as i32;
@@ -58,10 +58,16 @@ impl Translator<'_> {
         a.and32_flags(H::R11, !native);
         a.or32_flags(H::R11, rflags::FIXED as i32);
         a.store(M::gs(off::RFLAGS), H::R11);
-        a.and32_flags(H::RCX, native);
-        a.or32_flags(H::RCX, 0x202);
-        a.push(H::RCX);
-        a.popfq();
+        // POPF takes some twenty cycles, and all of the flags are status flags here. OF first: adding 0x7f to one overflows a byte. SAHF leaves it.
+        a.store(M::gs(off::TMP + 8), H::RAX);
+        a.mov32(H::RAX, H::RCX);
+        a.mov32(H::R11, H::RCX);
+        a.shr32_flags(H::R11, 11);
+        a.and32_flags(H::R11, 1);
+        a.add8_flags(H::R11, 0x7f);
+        a.mov_ah_al();
+        a.sahf();
+        a.load(H::RAX, M::gs(off::TMP + 8));
     }
 
     pub(crate) fn syscall(&mut self, i: &Instruction) {
@@ -98,6 +104,7 @@ impl Translator<'_> {
         a.store_imm32(M::gs(off::MODE), to.0 as i32);
         a.load(H::RCX, M::gs(off::TMP + 24));
         self.load_flags();
+        self.switch_side(Side::Kernel);
         self.asm.load(H::RCX, M::gs(off::LSTAR));
         self.asm.store(M::gs(off::RIP), H::RCX);
         self.jump_through_cache(to.view());
@@ -119,8 +126,16 @@ impl Translator<'_> {
         a.jcc(cc::NE, slow);
     }
 
+    /// Changes to the other side's stack of calls.
+    fn switch_side(&mut self, to: Side) {
+        let from = if to == Side::User { Side::Kernel } else { Side::User };
+        self.asm.store(M::gs(off::side_rsp(from)), H::RSP);
+        self.asm.load(H::RSP, M::gs(off::side_rsp(to)));
+    }
+
     /// Goes to ring 3 at the RIP in RCX. Flags are the guest's already.
     fn enter_user(&mut self, to: Mode) {
+        self.switch_side(Side::User);
         let a = &mut self.asm;
         a.store(M::gs(off::RIP), H::RCX);
         a.store_imm8(M::gs(off::CPL), 3);

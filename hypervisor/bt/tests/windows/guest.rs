@@ -332,6 +332,19 @@ impl Guest {
 
     /// The same from another place.
     pub(crate) fn run_at(&mut self, rip: u64, registers: &[(Reg, u64)]) -> [u64; 16] {
+        let stack = self.base + STACK;
+        let st = self.prepare(rip);
+        st.gpr[Reg::Rsp as usize] = stack;
+        for &(r, value) in registers {
+            st.gpr[r as usize] = value;
+        }
+        assert_eq!(self.vcpu.run().unwrap(), VcpuExit::Halt);
+        assert!(!self.expects_windows() || self.counter("windows given") > 0, "no windows in use");
+        self.vcpu.state().gpr
+    }
+
+    /// Makes the vCPU ready to run user code at `rip`.
+    pub(crate) fn prepare(&mut self, rip: u64) -> &mut paravane_cpu::CpuState {
         let st = self.vcpu.state_mut();
         st.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::NE | cr0::ET;
         st.cr4 |= cr4::PAE | cr4::PGE | cr4::OSFXSR | cr4::OSXMMEXCPT;
@@ -345,13 +358,7 @@ impl Guest {
         st.seg[Seg::Cs as usize] = Segment::flat_code(0x23, 3, true);
         (st.cpl, st.rflags, st.halted, st.rip) = (3, 2, 0, rip);
         st.gpr = [0; 16];
-        st.gpr[Reg::Rsp as usize] = self.base + STACK;
-        for &(r, value) in registers {
-            st.gpr[r as usize] = value;
-        }
-        assert_eq!(self.vcpu.run().unwrap(), VcpuExit::Halt);
-        assert!(!self.expects_windows() || self.counter("windows given") > 0, "no windows in use");
-        self.vcpu.state().gpr
+        st
     }
 
     /// Whether windows must be in use: the policy says so, and user code of the host may change the FS base (AT_HWCAP2 bit 1).

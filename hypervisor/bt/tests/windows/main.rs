@@ -38,6 +38,7 @@ macro_rules! guest {
 mod common;
 mod drift;
 mod guest;
+mod kernel;
 
 use guest::*;
 use paravane_bt::Windows;
