@@ -142,7 +142,7 @@ impl Guest {
         out.regs.fpu.copy_from_slice(&st.xsave.0[..FPU_BYTES]);
         (out.vector, out.error, out.cr2) = (u32::MAX, 0, 0);
         out.end = match exit {
-            Ok(VcpuExit::Halt) => End::Exception,
+            Ok(VcpuExit::Halt | VcpuExit::HaltMasked) => End::Exception,
             Ok(VcpuExit::Stopped) => {
                 self.bus.stopping.store(false, Ordering::SeqCst);
                 End::Hang
