@@ -48,12 +48,13 @@ impl Drop for PerfMap {
     }
 }
 
-/// One block's lines; parts are start and length in bytes.
-fn lines(rip: u64, user: bool, hot: (u64, usize), cold: (u64, usize)) -> String {
-    let cpl = if user { 3 } else { 0 };
-    let mut text = format!("{:x} {:x} guest_{rip:x}_{cpl}\n", hot.0, hot.1);
+/// One block's lines: its address and privilege, `w` if it reaches memory through windows. Parts are start and length in bytes.
+fn lines(rip: u64, mode: Mode, hot: (u64, usize), cold: (u64, usize)) -> String {
+    let cpl = if mode.has(Mode::USER) { 3 } else { 0 };
+    let window = if mode.has(Mode::WINDOW) { "w" } else { "" };
+    let mut text = format!("{:x} {:x} guest_{rip:x}_{cpl}{window}\n", hot.0, hot.1);
     if cold.1 > 0 {
-        text += &format!("{:x} {:x} guest_{rip:x}_{cpl}_cold\n", cold.0, cold.1);
+        text += &format!("{:x} {:x} guest_{rip:x}_{cpl}{window}_cold\n", cold.0, cold.1);
     }
     text
 }
@@ -76,7 +77,7 @@ impl Engine {
         let (hot, cold) = self.asm.parts();
         let hot = (self.code.address(b.placed.hot), hot.len());
         let cold = (self.code.address(b.placed.cold), cold.len());
-        map.write(&lines(b.key.rip, b.key.mode.has(Mode::USER), hot, cold));
+        map.write(&lines(b.key.rip, b.key.mode, hot, cold));
     }
 
     /// All blocks are gone.
@@ -97,8 +98,10 @@ mod tests {
         let (hot, cold) = ((0x7f00_0000_1000, 0x2a), (0x7f00_1000_0000, 0x13));
         let rip = 0xffff_ffff_8100_0000;
         let both = "7f0000001000 2a guest_ffffffff81000000_0\n7f0010000000 13 guest_ffffffff81000000_0_cold\n";
-        assert_eq!(lines(rip, false, hot, cold), both);
-        assert_eq!(lines(0x40_1000, true, hot, (0x7f00_1000_0000, 0)), "7f0000001000 2a guest_401000_3\n");
+        assert_eq!(lines(rip, Mode(0), hot, cold), both);
+        assert_eq!(lines(0x40_1000, Mode(Mode::USER), hot, (0x7f00_1000_0000, 0)), "7f0000001000 2a guest_401000_3\n");
+        let windowed = Mode(Mode::USER | Mode::WINDOW);
+        assert_eq!(lines(0x40_1000, windowed, hot, (0x7f00_1000_0000, 0)), "7f0000001000 2a guest_401000_3w\n");
     }
 
     #[test]
