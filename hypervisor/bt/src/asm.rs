@@ -595,13 +595,6 @@ impl Asm {
         self.rm(false, &[0xff], 2, m);
     }
 
-    /// The address of a label.
-    pub(crate) fn lea_label(&mut self, d: H, l: Label) {
-        self.b(&[0x48 | (d.high() << 2), 0x8d, (d.low() << 3) | 5]);
-        self.fixes.push((Fix::Rel32(self.pos()), l));
-        self.imm32(0);
-    }
-
     /// `ret 8`.
     pub(crate) fn ret8(&mut self) {
         self.b(&[0xc2, 8, 0]);

@@ -209,6 +209,11 @@ pub(crate) struct Key {
 
 pub(crate) type BlockId = u32;
 
+/// No block has this number.
+pub(crate) const NO_BLOCK: BlockId = BlockId::MAX;
+/// No door is at this offset.
+pub(crate) const NO_DOOR: u32 = u32::MAX;
+
 /// A block in the translation cache.
 pub(crate) struct Block {
     pub(crate) key: Key,
@@ -222,6 +227,8 @@ pub(crate) struct Block {
     pub(crate) placed: Placed,
     /// Offset of the entry point.
     pub(crate) entry: u32,
+    /// Offset of the way in for indirect jumps, or [`NO_DOOR`] before the first one.
+    pub(crate) door: u32,
     /// The first of the exits that jump straight here, or [`NO_EXIT`]; the others follow by [`Exit::next`].
     pub(crate) incoming: u32,
     /// This block's own exits: a range of [`Tables::exits`].

@@ -271,11 +271,39 @@ pub(crate) unsafe extern "sysv64" fn lookup(e: *mut Engine, branch: u32) -> Back
     // SAFETY: as in `mem`.
     let e = unsafe { &mut *e };
     e.stats.lookup_callouts += 1;
-    let st = e.cpu();
-    e.doing(Cause::IndirectMiss, st.rip);
-    if branch != NO_CALLOUT && st.code64() && !mmu::is_canonical(st.rip) && e.cpuid.vendor() != Vendor::Amd {
-        // Intel CPUs raise the fault at the branch, before it has any effect; AMD's at its target.
-        let i = e.tables.callouts[branch as usize].instr;
+    e.doing(Cause::IndirectMiss, e.cpu().rip);
+    if let Some(back) = e.wild_branch(branch) {
+        return back;
+    }
+    if branch != NO_CALLOUT {
+        let block = e.tables.callouts[branch as usize].block as usize;
+        if e.tables.blocks[block].key.mode.has(Mode::STEP) {
+            let rip = e.cpu().rip;
+            return e.raise_and_go(Exception::Debug(1 << 14), rip);
+        }
+    }
+    e.go()
+}
+
+/// A jump found nothing in the jump cache; the target is in `cpu.rip`. `branch` is right if the target is not canonical, and may
+/// be anything otherwise: only indirect branches can have such a target, and they say who they are.
+pub(crate) unsafe extern "sysv64" fn missed(e: *mut Engine, branch: u32) -> Back {
+    // SAFETY: as in `mem`.
+    let e = unsafe { &mut *e };
+    e.stats.lookup_callouts += 1;
+    e.doing(Cause::IndirectMiss, e.cpu().rip);
+    e.wild_branch(branch).unwrap_or_else(|| e.go())
+}
+
+impl Engine {
+    /// A branch to an address that is not canonical, where the CPU raises that at the branch, before it has any effect: Intel's do, AMD's
+    /// raise it at the target.
+    fn wild_branch(&mut self, branch: u32) -> Option<Back> {
+        let st = self.cpu();
+        if !st.code64() || mmu::is_canonical(st.rip) || self.cpuid.vendor() == Vendor::Amd {
+            return None;
+        }
+        let i = self.tables.callouts.get(branch as usize)?.instr;
         let rsp = &mut st.gpr[Reg::Rsp as usize];
         match i.mnemonic() {
             Mnemonic::Ret => {
@@ -285,16 +313,8 @@ pub(crate) unsafe extern "sysv64" fn lookup(e: *mut Engine, branch: u32) -> Back
             Mnemonic::Call => *rsp = rsp.wrapping_add(8),
             _ => {}
         }
-        return e.raise_and_go(Exception::GeneralProtection(0), i.ip());
+        Some(self.raise_and_go(Exception::GeneralProtection(0), i.ip()))
     }
-    if branch != NO_CALLOUT {
-        let block = e.tables.callouts[branch as usize].block as usize;
-        if e.tables.blocks[block].key.mode.has(Mode::STEP) {
-            let rip = st.rip;
-            return e.raise_and_go(Exception::Debug(1 << 14), rip);
-        }
-    }
-    e.go()
 }
 
 /// A direct exit is taken for the first time, or cannot be linked.
@@ -307,8 +327,9 @@ pub(crate) unsafe extern "sysv64" fn chain(e: *mut Engine, exit: u32) -> Back {
     e.variant = x.target_mode.0 & Mode::MIXED;
     e.cpu().rip = x.target_rip;
     let generation = e.stats.cache_flushes;
+    e.direct = true;
     let back = e.go();
-    e.variant = 0;
+    (e.variant, e.direct) = (0, false);
     if back.bits == Back::JUMP && generation == e.stats.cache_flushes {
         e.link(exit, back.value);
     }

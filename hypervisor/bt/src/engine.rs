@@ -2,12 +2,12 @@
 #![allow(unsafe_code)] // Reaches the state shared with translated code.
 
 use crate::asm::Asm;
-use crate::block::{BlockId, FaultKind, Key, Mode, Tables};
+use crate::block::{BlockId, FaultKind, Key, Mode, NO_BLOCK, Tables};
 use crate::cache::CodeMemory;
 use crate::fetch::{CodePage, ExecTlb};
 use crate::perf_map::PerfMap;
 use crate::profile::Profiler;
-use crate::state::{BtState, JC_ENTRIES, NO_MODE, NO_SELECTOR, Side, Thunk, VIEWS};
+use crate::state::{BtState, JC_ENTRIES, JC_MASK, NO_MODE, NO_SELECTOR, Side, Thunk, VIEWS};
 use crate::stats::{Histogram, Stats};
 use crate::vcpu::{BtConfig, BtError, GuestRam, StateMemory};
 use crate::window::Window;
@@ -195,6 +195,10 @@ pub(crate) struct Engine {
     pub(crate) tlb_used: [Used; VIEWS],
     /// Whether a jump-cache entry in use was noted as local.
     pub(crate) jc_local: [Vec<bool>; VIEWS],
+    /// The blocks whose doors are in the jump caches, or [`NO_BLOCK`].
+    pub(crate) jc_first: [Vec<BlockId>; VIEWS],
+    /// The block that is looked for is the target of a direct jump, which will be linked to it.
+    pub(crate) direct: bool,
     /// Large pages, by size, that the soft TLB holds parts of.
     pub(crate) large: [(u32, WordMap<u64, ()>); 3],
     /// Where the operand in the bounce buffer goes.
@@ -237,7 +241,7 @@ impl Engine {
         st.cpu = CpuState::reset(id);
         st.tlb_mask = ((crate::state::TLB_ENTRIES as u64) - 1) << 12;
         st.page_mask = !0xfff;
-        st.jc_mask = JC_ENTRIES as u64 - 1;
+        st.jc_mask = JC_MASK;
         st.flags_mask = paravane_cpu::state::rflags::NATIVE;
         (st.mask63, st.mask31, st.mask15) = (63, 31, 15);
         let xmask = paravane_cpu::host_fpu::offered_xcr0();
@@ -306,6 +310,8 @@ impl Engine {
             jc_used: Default::default(),
             tlb_used: Default::default(),
             jc_local: std::array::from_fn(|_| vec![false; JC_ENTRIES]),
+            jc_first: std::array::from_fn(|_| vec![NO_BLOCK; JC_ENTRIES]),
+            direct: false,
             large: [21, 22, 30].map(|shift| (shift, WordMap::default())),
             bounce: softmmu::BounceTarget::default(),
             before_fault: [0; 576],

@@ -1,11 +1,11 @@
 //! From RIP to a block: translate the address, look the block up, or make it.
 #![allow(unsafe_code)] // Reads guest RAM through raw pointers.
 
-use crate::block::{Block, BlockId, Key, Mode, NO_EXIT};
+use crate::block::{Block, BlockId, Key, Mode, NO_BLOCK, NO_DOOR, NO_EXIT};
 use crate::engine::{Engine, WordMap};
 use crate::profile::Cause;
-use crate::state::{JC_ENTRIES, JumpEntry, NO_SELECTOR};
-use crate::translate::{Decoded, Hint, Peek, Translator, decode};
+use crate::state::{JC_ENTRIES, JumpEntry, NO_SELECTOR, jump_index};
+use crate::translate::{Decoded, Hint, Peek, Translator, decode, door};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::rflags;
 use paravane_cpu::{Env, Exception, Seg, Segment};
@@ -194,21 +194,39 @@ impl Engine {
             self.calls_mode[shared.side() as usize] = shared;
             self.forget_calls(shared.side());
         }
-        let n = key.rip as usize & (JC_ENTRIES - 1);
-        let [first, second] = &mut self.shared().jc[view].ways;
-        let entry = first[n];
+        if self.direct {
+            // Direct jumps will not look there, and indirect ones may never come.
+            return target;
+        }
+        let Some(door) = self.door(id) else { return target };
+        let n = jump_index(key.rip);
         // A block whose last instruction crosses a page depends on a second mapping, which need not be global.
         let global = key.mode.has(Mode::GLOBAL) && !crosses;
-        let tag = key.rip.wrapping_neg();
-        if entry.host != 0 && entry.neg_rip != tag {
-            second[n] = entry;
+        let before = std::mem::replace(&mut self.jc_first[view][n], id);
+        if before != NO_BLOCK && before != id {
+            let b = &self.tables.blocks[before as usize];
+            let entry = JumpEntry { neg_rip: b.key.rip.wrapping_neg(), host: self.code.address(b.entry) };
+            self.shared().jc[view].second[n] = entry;
         }
-        if entry.host == 0 || self.jc_local[view][n] == global {
+        if before == NO_BLOCK || self.jc_local[view][n] == global {
             self.jc_used[view].note(n, global, JC_ENTRIES);
             self.jc_local[view][n] = !global;
         }
-        first[n] = JumpEntry { neg_rip: tag, host: target };
+        self.shared().jc[view].doors[n] = door;
         target
+    }
+
+    /// Where indirect jumps enter a block; `None` when there is no room for a door.
+    fn door(&mut self, id: BlockId) -> Option<u64> {
+        let b = &self.tables.blocks[id as usize];
+        if b.door == NO_DOOR {
+            let patch = door::alone(&mut self.asm, b.key.rip, b.key.mode.view());
+            let entry = b.entry;
+            let placed = self.code.place(&mut self.asm)?;
+            self.code.patch(placed.offset(patch), entry);
+            self.tables.blocks[id as usize].door = placed.hot;
+        }
+        Some(self.code.address(self.tables.blocks[id as usize].door))
     }
 
     /// Brings what SYSCALL, SYSRET and IRETQ need inside translated code up to date with the state.
@@ -374,7 +392,7 @@ impl Engine {
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
         let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, (key.rip, code), hint)
-            .translate(&decoded, peek);
+            .translate(&decoded, peek, !self.direct && !key.mode.alone());
         self.decoded = decoded;
         self.window.votes = (self.window.votes + t.votes).clamp(-1000, 1000);
         let Some(placed) = self.code.place(&mut self.asm) else {
@@ -391,6 +409,7 @@ impl Engine {
             second_page: *second_page,
             placed,
             entry: placed.offset(t.entry),
+            door: t.door.map_or(NO_DOOR, |at| placed.offset(at)),
             incoming: NO_EXIT,
             exits: first_exit..self.tables.exits.len() as u32,
             faults: faults..self.tables.faults.len() as u32,
@@ -524,8 +543,7 @@ impl Engine {
             self.release_unused_page(page);
         }
         for view in 0..crate::state::VIEWS {
-            let n = key.rip as usize & (JC_ENTRIES - 1);
-            self.clear_jump_cache_entry(view, n);
+            self.clear_jump_cache_entry(view, jump_index(key.rip));
         }
     }
 

@@ -638,6 +638,7 @@ mod tests {
             second_page: None,
             placed: Placed::new(hot, hot_len, cold),
             entry: hot,
+            door: crate::block::NO_DOOR,
             incoming: NO_EXIT,
             exits: 0..0,
             faults: 0..0,

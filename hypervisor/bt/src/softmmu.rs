@@ -1,10 +1,10 @@
 //! Behind the soft TLB: fills, flushes, operands that cannot be reached in place, and stores into translated code.
 #![allow(unsafe_code)] // Copies between guest RAM and the bounce buffer.
 
-use crate::block::{BlockId, Mode, Site};
+use crate::block::{BlockId, Mode, NO_BLOCK, Site};
 use crate::engine::Engine;
 use crate::profile::Cause;
-use crate::state::{JumpEntry, Side, TLB_ENTRIES, TLB_GLOBAL, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
+use crate::state::{JumpEntry, Side, TLB_ENTRIES, TLB_GLOBAL, Thunk, TlbEntry, VIEWS, empty_jump_tag, empty_ntag};
 use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::{cr4, rflags};
 use paravane_cpu::{CpuState, Env, Exception, Seg, ea};
@@ -423,16 +423,20 @@ impl Engine {
 
     pub(crate) fn init_jump_caches(&mut self) {
         for view in 0..VIEWS {
-            // All others are empty as fresh memory is.
+            // All other second ones are empty as fresh memory is.
             self.clear_jump_cache_entry(view, 0);
+            let miss = self.shared().thunks[Thunk::lookup(view) as usize];
+            self.shared().jc[view].doors.fill(miss);
             self.jc_used[view] = Default::default();
         }
     }
 
     pub(crate) fn clear_jump_cache_entry(&mut self, view: usize, n: usize) {
-        for way in &mut self.shared().jc[view].ways {
-            way[n] = JumpEntry { neg_rip: empty_jump_tag(n), host: 0 };
-        }
+        let sh = self.shared();
+        let miss = sh.thunks[Thunk::lookup(view) as usize];
+        sh.jc[view].doors[n] = miss;
+        sh.jc[view].second[n] = JumpEntry { neg_rip: empty_jump_tag(n), host: 0 };
+        self.jc_first[view][n] = NO_BLOCK;
     }
 
     pub(crate) fn flush_jump_cache(&mut self, view: usize) {

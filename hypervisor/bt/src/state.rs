@@ -39,11 +39,24 @@ pub(crate) const fn empty_ntag(index: usize) -> u64 {
     (((index ^ (TLB_ENTRIES / 2)) as u64) << 12).wrapping_neg()
 }
 
-/// Hash from guest RIP to host code, indexed by the low bits of RIP. Two entries share an index: the first is looked at in
-/// line, the second by the thunk that a miss goes to.
+/// Hash from guest RIP to host code, indexed by low bits of RIP ([`jump_index`]). Two places share an index: code jumps to the first
+/// unseen, for a block's door finds out whether it was meant (see `crate::translate::door`); the second is looked at by the thunk
+/// that a miss goes to.
 #[repr(C)]
 pub(crate) struct JumpCache {
-    pub(crate) ways: [[JumpEntry; JC_ENTRIES]; 2],
+    /// Host addresses of doors; of the thunk, where there is none.
+    pub(crate) doors: [u64; JC_ENTRIES],
+    pub(crate) second: [JumpEntry; JC_ENTRIES],
+}
+
+/// Low bits of RIP that do not count for the index: hardly ever are two targets that near each other.
+const JC_SHIFT: u32 = 2;
+/// The bits of RIP that make the index.
+pub(crate) const JC_MASK: u64 = (JC_ENTRIES as u64 - 1) << JC_SHIFT;
+
+/// Where a RIP's entries are in a jump cache.
+pub(crate) const fn jump_index(rip: u64) -> usize {
+    ((rip & JC_MASK) >> JC_SHIFT) as usize
 }
 
 /// A place that code jumps to.
@@ -58,7 +71,7 @@ pub(crate) struct JumpEntry {
 
 /// The tag of an empty entry: the negation of a RIP with another index. Zero wherever possible, for fresh memory is.
 pub(crate) const fn empty_jump_tag(index: usize) -> u64 {
-    (index == 0) as u64
+    if index == 0 { 1 << JC_SHIFT } else { 0 }
 }
 
 /// A vCPU's shared state. Allocated page-aligned; [`BtState::poll_page`] is a page of its own.
@@ -221,7 +234,8 @@ pub(crate) struct FastSegments {
 #[repr(C, align(64))]
 pub(crate) struct Bounce(pub(crate) [u8; 256]);
 
-/// A page that emitted code touches and that is protected to make it stop.
+/// A page that emitted code stores to and that is protected to make it stop. The first word is the callout of the indirect branch that was
+/// taken last, or anything.
 #[repr(C, align(4096))]
 pub(crate) struct PollPage(pub(crate) [u8; 4096]);
 
@@ -339,13 +353,8 @@ pub(crate) mod off {
         (offset_of!(BtState, tlb) + size_of::<[TlbEntry; TLB_ENTRIES]>() * view + field) as i32
     }
 
-    /// The jump cache's first tag in a view; entries are 16 bytes.
-    pub(crate) fn jc_tags(view: usize) -> i32 {
-        (offset_of!(BtState, jc) + size_of::<JumpCache>() * view) as i32
-    }
-
-    /// The jump cache's first target in a view.
-    pub(crate) fn jc_hosts(view: usize) -> i32 {
-        jc_tags(view) + offset_of!(JumpEntry, host) as i32
+    /// The jump cache's doors in a view; entries are 8 bytes.
+    pub(crate) fn jc_doors(view: usize) -> i32 {
+        (offset_of!(BtState, jc) + size_of::<JumpCache>() * view + offset_of!(JumpCache, doors)) as i32
     }
 }

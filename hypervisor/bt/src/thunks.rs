@@ -286,29 +286,49 @@ pub(crate) unsafe extern "sysv64" fn lookup() {
     )
 }
 
-/// [`crate::state::Thunk::LookupUser`] and its kin, jumped to: as [`lookup`], after a look at the second entries.
+/// [`crate::state::Thunk::LookupUser`] and its kin, jumped to: RCX = a RIP whose door is not where the jump cache had it. The second
+/// entries are looked at, then Rust is asked. Who branched stands in the poll page.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
     naked_asm!(
+        "mov gs:[{rip}], rcx",
         "mov gs:[{tmp}], rdx",
-        "mov gs:[{tmp}+8], r11",
-        "mov rcx, gs:[{rip}]",
         "pext r11, rcx, gs:[{mask}]",
         "lea r11, [r11+r11]",
         "mov rdx, gs:[r11*8+{tags}]",
         "lea rcx, [rdx+rcx]",
         "mov rdx, gs:[{tmp}]",
         "jrcxz 2f",
-        "mov r11, gs:[{tmp}+8]",
+        "mov r11d, gs:[{poll}]",
         "jmp {miss}",
         "2:",
         "jmp gs:[r11*8+{hosts}]",
         tmp = const TMP,
         rip = const offset_of!(BtState, cpu.rip),
         mask = const offset_of!(BtState, jc_mask),
-        tags = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpCache>() / 2,
-        hosts = const offset_of!(BtState, jc) + size_of::<JumpCache>() * VIEW + size_of::<JumpCache>() / 2 + offset_of!(JumpEntry, host),
-        miss = sym lookup,
+        poll = const offset_of!(BtState, poll_page),
+        tags = const second_entries(VIEW),
+        hosts = const second_entries(VIEW) + offset_of!(JumpEntry, host),
+        miss = sym missed,
+    )
+}
+
+/// Offset of a jump cache's second entries.
+const fn second_entries(view: usize) -> usize {
+    offset_of!(BtState, jc) + size_of::<JumpCache>() * view + offset_of!(JumpCache, second)
+}
+
+/// As [`lookup`], for jumps by way of the jump cache.
+#[unsafe(naked)]
+unsafe extern "sysv64" fn missed() {
+    operands!(
+        save!("0"),
+        "mov rdi, gs:[{engine}]",
+        "mov esi, r11d",
+        "call {f}",
+        back!();
+        engine = const ENGINE,
+        f = sym callouts::missed,
     )
 }
 

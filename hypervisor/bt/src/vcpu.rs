@@ -150,8 +150,9 @@ impl StateMemory {
 
     /// Protects or unprotects the poll page.
     pub(crate) fn protect_poll(&self, protect: bool) {
-        let prot = if protect { libc::PROT_NONE } else { libc::PROT_READ };
-        // SAFETY: the page lies within our mapping and holds nothing.
+        // Translated code stores to it; a thunk reads it, whatever its protection.
+        let prot = if protect { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
+        // SAFETY: the page lies within our mapping and holds nothing that Rust code refers to.
         unsafe {
             let page = self.ptr().cast::<u8>().add(offset_of!(BtState, poll_page));
             libc::mprotect(page.cast(), size_of::<PollPage>(), prot);

@@ -1,30 +1,31 @@
 //! Control flow and the stack: jumps, calls, returns, push, pop, and every way out of a block.
 //!
 //! A direct exit within a page (or between global pages, or in a process that has windows) is a patchable jump that is linked to its target on first use. All
-//! other exits go through the jump cache, an inline hash from RIP to host code that is emptied whenever a mapping of code
-//! changes. Backward exits poll a page that is protected when somebody wants the vCPU's attention.
+//! other exits go through the jump cache, a hash from RIP to the doors of blocks ([`super::door`]) that is emptied whenever a mapping of code
+//! changes. Backward and indirect exits poll: they store to a page that is protected when somebody wants the vCPU's attention.
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use super::{RawExit, Translator};
 use crate::asm::{Asm, Base, H, Label, M};
 use crate::block::{Action, FaultKind, Mode, NO_CALLOUT};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
-use crate::state::{JC_ENTRIES, JumpEntry, Thunk, off};
+use crate::state::{Thunk, jump_index, off};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use paravane_cpu::mmu;
 
 impl Translator<'_> {
     pub(crate) fn branch_target(&self, i: &Instruction) -> u64 {
         self.wrap(i.near_branch_target())
     }
 
-    /// Reads the page that is protected when the vCPU must come out.
+    /// Stores to the page that is protected when the vCPU must come out.
     fn poll(&mut self, kind: FaultKind) {
         let at = self.asm.pos();
-        self.asm.load32(H::R11, M::gs(off::POLL));
+        self.asm.store32(M::gs(off::POLL), H::R11);
         self.fault_site(at, kind);
     }
 
-    /// Polls on the way to a known RIP. Leaves R11 as it was only if that is far away.
+    /// Polls on the way to a known RIP. Leaves R11 as it was.
     fn poll_before(&mut self, target: u64) {
         if i32::try_from(target.wrapping_sub(self.start_rip) as i64).is_ok() {
             self.poll(FaultKind::Poll { rip: target });
@@ -61,14 +62,14 @@ impl Translator<'_> {
             return;
         }
         self.asm.mov_imm(H::RCX, target);
-        self.asm.store(M::gs(off::RIP), H::RCX);
-        if mode != self.mode || self.mode.alone() || !self.mode.has(Mode::FLAT) {
+        let canonical = mmu::is_canonical(target) || !self.mode.is64();
+        if mode != self.mode || self.mode.alone() || !self.mode.has(Mode::FLAT) || !canonical {
+            self.asm.store(M::gs(off::RIP), H::RCX);
             let lookup = self.lookup_stub(NO_CALLOUT, Thunk::Lookup);
             self.asm.jmp(lookup);
             return;
         }
-        let miss = self.lookup_stub(NO_CALLOUT, Thunk::lookup(self.mode.view()));
-        lookup_constant(self.asm, target, self.mode.view(), miss);
+        lookup_constant(self.asm, target, self.mode.view());
     }
 
     /// A place behind the block that goes to the lookup in Rust; `callout` names the branch instruction, if it has to be
@@ -93,36 +94,15 @@ impl Translator<'_> {
             self.asm.jmp(lookup);
             return;
         }
-        let miss = self.missed_jump(n);
-        self.poll(FaultKind::PollIndirect);
-        self.jump_through_cache_or(self.mode.view(), miss);
+        self.poll_branch(n);
+        self.jump_through_cache(self.mode.view());
     }
 
-    /// A place behind the block that goes on with the lookup when [`Self::probe_jump_cache`] fails.
-    fn missed_jump(&mut self, callout: u32) -> Label {
-        let label = self.asm.label();
-        self.missed_jumps.push((label, callout));
-        label
-    }
-
-    /// Behind the block: what was probed for is found again from what the probe left.
-    pub(crate) fn emit_missed_jumps(&mut self) {
-        let view = self.mode.view();
-        for (label, callout) in std::mem::take(&mut self.missed_jumps) {
-            self.asm.bind(label);
-            self.recover_rip(view);
-            let lookup = self.lookup_stub(callout, Thunk::lookup(view));
-            self.asm.jmp(lookup);
-        }
-    }
-
-    /// After a probe that failed: RCX = RIP + tag, R11 = twice the index. Stores RIP.
-    fn recover_rip(&mut self, view: usize) {
-        let a = &mut self.asm;
-        a.load(H::R11, M::gs_index(H::R11, 3, off::jc_tags(view)));
-        a.not(H::R11);
-        a.lea(H::RCX, M { disp: 1, ..M::base_index(H::RCX, H::R11) });
-        a.store(M::gs(off::RIP), H::RCX);
+    /// Polls on the way to the RIP in RCX, and leaves word of which branch goes there.
+    fn poll_branch(&mut self, callout: u32) {
+        let at = self.asm.pos();
+        self.asm.store_imm32(M::gs(off::POLL), callout as i32);
+        self.fault_site(at, FaultKind::PollIndirect);
     }
 
     /// Leaves for the RIP in RCX when a single step is complete there.
@@ -133,30 +113,16 @@ impl Translator<'_> {
         self.asm.ud2();
     }
 
-    /// Goes to the RIP in RCX, which is in the state too, through a view's jump cache.
+    /// Goes to the RIP in RCX through a view's jump cache. If it may not be canonical, a poll must have left word.
     pub(crate) fn jump_through_cache(&mut self, view: usize) {
-        let miss = self.lookup_stub(NO_CALLOUT, Thunk::lookup(view));
-        self.jump_through_cache_or(view, miss);
+        let door = self.door_of_rcx(view);
+        self.asm.jmp_mem(door);
     }
 
-    fn jump_through_cache_or(&mut self, view: usize, miss: Label) {
-        self.probe_jump_cache(view, miss);
-        self.asm.jmp_mem(M::gs_index(H::R11, 3, off::jc_hosts(view)));
-    }
-
-    /// Looks the RIP in RCX up; leaves the index in R11.
-    fn probe_jump_cache(&mut self, view: usize, miss: Label) {
-        let a = &mut self.asm;
-        let hit = a.label();
-        a.store(M::gs(off::TMP), H::RDX);
-        a.pext(H::R11, H::RCX, M::gs(off::JC_MASK));
-        a.lea(H::R11, M::base_index(H::R11, H::R11));
-        a.load(H::RDX, M::gs_index(H::R11, 3, off::jc_tags(view)));
-        a.lea(H::RCX, M::base_index(H::RDX, H::RCX));
-        a.load(H::RDX, M::gs(off::TMP));
-        a.jrcxz(hit);
-        a.jmp(miss);
-        a.bind(hit);
+    /// Where the address of the door is that belongs to the RIP in RCX, if any does. Clobbers R11.
+    fn door_of_rcx(&mut self, view: usize) -> M {
+        self.asm.pext(H::R11, H::RCX, M::gs(off::JC_MASK));
+        M::gs_index(H::R11, 3, off::jc_doors(view))
     }
 
     /// Leaves for `next` by way of Rust when an interrupt waits for IF.
@@ -381,7 +347,7 @@ impl Translator<'_> {
         if backward {
             self.poll_before(target);
         }
-        self.push_frame(!backward);
+        self.push_frame();
         let stub = self.asm.label();
         let patch = self.asm.call_patchable(stub);
         self.add_exit(target, self.mode, patch, stub);
@@ -396,13 +362,14 @@ impl Translator<'_> {
         m.calls() && (m.has(Mode::WINDOW) || (self.start_rip >> 63 != 0 && m.has(Mode::GLOBAL)))
     }
 
-    /// Pushes the complement of the guest's return address on the translated code's stack, from R11 if it is `at_hand` there. The call must follow
-    /// before anything can fault: a frame is two words, always.
-    fn push_frame(&mut self, at_hand: bool) {
+    /// Pushes the complement of the guest's return address on the translated code's stack. The call must follow before anything can
+    /// fault: a frame is two words, always. Through a window, an address
+    /// that is no sign-extended constant is in R11 since it was stored on the guest's stack.
+    fn push_frame(&mut self) {
         match i32::try_from(!self.cur_next as i64) {
             Ok(low) => self.asm.push_imm32(low),
             Err(_) => {
-                if !at_hand {
+                if !self.mode.has(Mode::WINDOW) {
                     self.asm.mov_imm(H::R11, self.cur_next);
                 }
                 self.asm.not(H::R11);
@@ -411,75 +378,51 @@ impl Translator<'_> {
         }
     }
 
-    /// Loads an indirect branch's target into `gs:[TMP+16]`.
-    fn branch_operand(&mut self, i: &Instruction, flags_live: bool) -> bool {
-        let size = (self.mode.bits() / 8) as u8;
-        match i.op0_kind() {
-            OpKind::Register => {
-                let Some((n, w)) = gpr_of(i.op0_register()) else { return false };
-                if w == Width::B16 {
-                    return false;
-                }
-                match home(n) {
-                    Home::Host(h) => self.asm.mov(H::RCX, h),
-                    Home::Spilled(n) => self.asm.load(H::RCX, M::gs(off::gpr(n))),
-                }
-                self.asm.store(M::gs(off::TMP + 16), H::RCX);
-                true
-            }
-            OpKind::Memory => {
-                if i.memory_size().size() != usize::from(size) {
-                    return false;
-                }
-                self.load_from(Ea::of(i, self.mode), size, Dest::Gs(off::TMP + 16), flags_live);
-                true
-            }
-            _ => false,
+    /// RCX = the guest register that an indirect branch names.
+    fn target_of(&mut self, n: usize) {
+        match home(n) {
+            Home::Host(h) => self.asm.mov(H::RCX, h),
+            Home::Spilled(n) => self.asm.load(H::RCX, M::gs(off::gpr(n))),
         }
     }
 
     pub(crate) fn call_indirect(&mut self, i: &Instruction, flags_live: bool) {
         let size = (self.mode.bits() / 8) as u8;
-        if !self.branch_operand(i, flags_live) {
-            return self.callout(i, Action::Emulate);
-        }
+        // A target in memory is read before the return address is pushed, and so is RSP.
+        let register = if i.op0_kind() == OpKind::Register { gpr_of(i.op0_register()) } else { None };
+        let target = match register {
+            Some((4, w)) if w != Width::B16 => {
+                self.asm.store(M::gs(off::TMP + 16), H::GUEST_RSP);
+                None
+            }
+            Some((n, w)) if w != Width::B16 => Some(n),
+            None if i.op0_kind() == OpKind::Memory && i.memory_size().size() == usize::from(size) => {
+                self.load_from(Ea::of(i, self.mode), size, Dest::Gs(off::TMP + 16), flags_live);
+                None
+            }
+            _ => return self.callout(i, Action::Emulate),
+        };
         self.push_value(Value::Imm(self.cur_next), size, flags_live);
         self.adjust_rsp(-i32::from(size));
+        match target {
+            Some(n) => self.target_of(n),
+            None => self.asm.load(H::RCX, M::gs(off::TMP + 16)),
+        }
         if !self.has_frames() {
-            self.asm.load(H::RCX, M::gs(off::TMP + 16));
             return self.exit_rcx(i);
         }
-        self.asm.load(H::RCX, M::gs(off::TMP + 16));
-        self.poll(FaultKind::PollIndirect);
-        self.push_frame(false);
-        let (miss, back) = (self.asm.label(), self.asm.label());
-        self.probe_jump_cache(self.mode.view(), miss);
-        self.asm.call_mem(M::gs_index(H::R11, 3, off::jc_hosts(self.mode.view())));
-        self.asm.bind(back);
+        let n = self.note_callout(i, Action::Branch);
+        self.poll_branch(n);
+        self.push_frame();
+        let door = self.door_of_rcx(self.mode.view());
+        self.asm.call_mem(door);
         self.exit_to(self.cur_next, self.mode, false);
-        self.missed_calls.push((miss, back, *i));
-    }
-
-    /// Behind the block: indirect calls whose target is not in the jump cache's first way. They must leave a frame too.
-    pub(crate) fn emit_missed_calls(&mut self) {
-        for (miss, back, i) in std::mem::take(&mut self.missed_calls) {
-            self.asm.bind(miss);
-            self.recover_rip(self.mode.view());
-            self.asm.lea_label(H::R11, back);
-            self.asm.push(H::R11);
-            let n = self.note_callout(&i, Action::Branch);
-            let lookup = self.lookup_stub(n, Thunk::lookup(self.mode.view()));
-            self.asm.jmp(lookup);
-        }
     }
 
     pub(crate) fn jmp_indirect(&mut self, i: &Instruction, flags_live: bool) {
         if i.op0_kind() == OpKind::Register && gpr_of(i.op0_register()).is_some_and(|(_, w)| w != Width::B16) {
             let Some((n, _)) = gpr_of(i.op0_register()) else { return };
-            match home(n) {
-                Home::Host(h) => self.asm.mov(H::RCX, h),
-                Home::Spilled(n) => self.asm.load(H::RCX, M::gs(off::gpr(n))),
-            }
+            self.target_of(n);
             return self.exit_rcx(i);
         }
         let size = (self.mode.bits() / 8) as u8;
@@ -533,10 +476,9 @@ impl Translator<'_> {
             a.lea(H::RSP, M::base(H::RSP, 16));
             a.bind(last);
             a.load(H::RCX, M::gs(off::RIP));
-            self.poll(FaultKind::PollIndirect);
             let n = self.note_callout(&i, Action::Branch);
-            let miss = self.lookup_stub(n, Thunk::lookup(self.mode.view()));
-            self.jump_through_cache_or(self.mode.view(), miss);
+            self.poll_branch(n);
+            self.jump_through_cache(self.mode.view());
         }
     }
 
@@ -598,26 +540,14 @@ impl Translator<'_> {
     }
 }
 
-/// Goes through the jump cache to a RIP that is known when the code is made and is already in RCX and in the state.
-fn lookup_constant(a: &mut Asm, target: u64, view: usize, miss: Label) {
-    let slot = ((target as usize & (JC_ENTRIES - 1)) * size_of::<JumpEntry>()) as i32;
-    let hit = a.label();
-    a.load(H::R11, M::gs(off::jc_tags(view) + slot));
-    a.lea(H::RCX, M::base_index(H::R11, H::RCX));
-    a.jrcxz(hit);
-    a.jmp(miss);
-    a.bind(hit);
-    a.jmp_mem(M::gs(off::jc_hosts(view) + slot));
+/// Goes through the jump cache to a RIP that is known when the code is made, is canonical, and is already in RCX.
+fn lookup_constant(a: &mut Asm, target: u64, view: usize) {
+    a.jmp_mem(M::gs(off::jc_doors(view) + (jump_index(target) * size_of::<u64>()) as i32));
 }
 
-/// A stub on its own that goes to `target` by way of the jump cache.
+/// A stub on its own that goes to `target`, which is canonical, by way of the jump cache.
 pub(crate) fn jump_cache_stub(a: &mut Asm, target: u64, view: usize) {
     a.clear();
     a.mov_imm(H::RCX, target);
-    a.store(M::gs(off::RIP), H::RCX);
-    let miss = a.label();
-    lookup_constant(a, target, view, miss);
-    a.bind(miss);
-    a.mov_imm(H::R11, u64::from(NO_CALLOUT));
-    a.jmp_mem(M::gs(Thunk::lookup(view).offset()));
+    lookup_constant(a, target, view);
 }

@@ -8,6 +8,7 @@
 pub(crate) mod classify;
 mod control;
 mod copy;
+pub(crate) mod door;
 #[cfg(test)]
 mod golden;
 mod memory;
@@ -19,7 +20,7 @@ mod string;
 mod system;
 mod window;
 
-use crate::asm::{Asm, Base, H, M};
+use crate::asm::{Asm, Base, H, Label, M};
 use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, NO_EXIT, Tables};
 use crate::cache::Placed;
 use crate::regs::{Home, Width, home};
@@ -59,6 +60,8 @@ pub(crate) struct RawExit {
 pub(crate) struct Translated {
     pub(crate) guest_len: u32,
     pub(crate) entry: u32,
+    /// The way in for indirect jumps, if it has one.
+    pub(crate) door: Option<u32>,
     pub(crate) instructions: u32,
     pub(crate) exits: Vec<RawExit>,
     /// How many more operands were in the low window than in the high one, judging by the registers at hand.
@@ -95,10 +98,8 @@ pub(crate) struct Translator<'a> {
     exits: Vec<RawExit>,
     /// Side exits that cannot be linked: where they come from, the way they go.
     far_sides: Vec<(crate::asm::Label, u64)>,
-    /// Returns whose frame does not match, and indirect calls that miss, with where they return to: to be emitted.
+    /// Returns whose frame does not match: to be emitted.
     other_returns: Vec<(crate::asm::Label, Instruction)>,
-    missed_calls: Vec<(crate::asm::Label, crate::asm::Label, Instruction)>,
-    missed_jumps: Vec<(crate::asm::Label, u32)>,
     slow_strings: Vec<string::SlowString>,
     slow_runs: Vec<runs::SlowRun>,
     /// Stubs that go to the lookup: label, callout, which lookup.
@@ -184,8 +185,6 @@ impl<'a> Translator<'a> {
             exits: Vec::new(),
             far_sides: Vec::new(),
             other_returns: Vec::new(),
-            missed_calls: Vec::new(),
-            missed_jumps: Vec::new(),
             slow_strings: Vec::new(),
             slow_runs: Vec::new(),
             lookups: Vec::new(),
@@ -193,15 +192,16 @@ impl<'a> Translator<'a> {
         }
     }
 
-    /// Translates decoded instructions. `peek` is the page they are in, if what follows them may be looked at.
-    pub(crate) fn translate(self, code: &[Instruction], mut peek: Option<Peek<'_>>) -> Translated {
+    /// Translates decoded instructions, with a door for indirect jumps if `door` says so. `peek` is the page they are in, if what follows
+    /// them may be looked at.
+    pub(crate) fn translate(self, code: &[Instruction], mut peek: Option<Peek<'_>>, door: bool) -> Translated {
         let live = flag_liveness(code, peek.as_mut());
-        let mut done = self.emit(code, &live);
+        let mut done = self.emit(code, &live, door);
         done.seen = peek.map_or(0..0, Peek::seen);
         done
     }
 
-    fn emit(mut self, code: &[Instruction], live: &[bool]) -> Translated {
+    fn emit(mut self, code: &[Instruction], live: &[bool], door: bool) -> Translated {
         self.simd = code.iter().any(|i| match classify(i.code()) {
             Class::Copy(u) => u != Unit::Integer && self.unit_enabled(u).is_none(),
             _ => false,
@@ -212,17 +212,26 @@ impl<'a> Translator<'a> {
             let island = self.asm.here();
             self.asm.call_gs(Thunk::LoadFpu.offset());
             self.asm.jmp8(back);
+            let door = self.open_door(door);
             let entry = self.asm.pos();
             self.asm.load32(H::RCX, M::gs(off::FPU_LIVE));
             self.asm.jrcxz(island);
             self.asm.bind(back);
-            self.body(code, live, entry)
+            self.body(code, live, (door, entry))
         } else {
-            self.body(code, live, 0)
+            let door = self.open_door(door);
+            let entry = self.asm.pos();
+            self.body(code, live, (door, entry))
         }
     }
 
-    fn body(mut self, code: &[Instruction], live: &[bool], entry: u32) -> Translated {
+    /// Emits a door, if there is to be one; gives its place, and where those go who are wrong there.
+    fn open_door(&mut self, wanted: bool) -> Option<(u32, Label)> {
+        let at = self.asm.pos();
+        wanted.then(|| (at, door::open(self.asm, self.start_rip)))
+    }
+
+    fn body(mut self, code: &[Instruction], live: &[bool], (door, entry): (Option<(u32, Label)>, u32)) -> Translated {
         let mut ended = false;
         let mut in_run = 0;
         for (n, i) in code.iter().enumerate() {
@@ -269,19 +278,21 @@ impl<'a> Translator<'a> {
             }
         }
         self.asm.cold();
+        if let Some((_, wrong)) = door {
+            door::turn_away(self.asm, self.start_rip, self.mode.view(), wrong);
+        }
         self.emit_slow_runs();
         self.emit_slow_paths();
         self.emit_slow_strings();
         self.emit_far_sides();
         self.emit_lost_stacks();
         self.emit_other_returns();
-        self.emit_missed_calls();
-        self.emit_missed_jumps();
         self.emit_stubs();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
         Translated {
             guest_len: guest_len.max(1),
             entry,
+            door: door.map(|d| d.0),
             instructions: code.len() as u32,
             exits: self.exits,
             votes: self.known.votes(),

@@ -106,7 +106,6 @@ impl Translator<'_> {
         self.load_flags();
         self.switch_side(Side::Kernel);
         self.asm.load(H::RCX, M::gs(off::LSTAR));
-        self.asm.store(M::gs(off::RIP), H::RCX);
         self.jump_through_cache(to.view());
         self.asm.bind(slow);
         // The flags are clobbered: bring them back from the slot.
@@ -137,7 +136,6 @@ impl Translator<'_> {
     fn enter_user(&mut self, to: Mode) {
         self.switch_side(Side::User);
         let a = &mut self.asm;
-        a.store(M::gs(off::RIP), H::RCX);
         a.store_imm8(M::gs(off::CPL), 3);
         a.load32(H::R11, M::gs(off::JC_MODE + 4 * to.view() as i32));
         a.store32(M::gs(off::MODE), H::R11);
