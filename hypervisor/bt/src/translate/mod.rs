@@ -11,6 +11,7 @@ mod copy;
 pub(crate) mod door;
 #[cfg(test)]
 mod golden;
+mod known;
 mod memory;
 mod peek;
 mod privilege;
@@ -87,7 +88,7 @@ pub(crate) struct Translator<'a> {
     /// The block is of [`Mode::MIXED`]; `mode` does not say so, for its exits are not.
     mixed: bool,
     /// What window blocks know about registers.
-    known: window::Known,
+    known: known::Known,
     /// The access through a window that is being emitted.
     window_site: Option<u32>,
     /// The instruction has accessed memory already: it must not be left for another version of itself.
@@ -177,7 +178,7 @@ impl<'a> Translator<'a> {
             simd: false,
             cur_rip: start_rip,
             cur_next: start_rip,
-            known: window::Known::at_entry(hint, mode.has(Mode::STACKED)),
+            known: known::Known::at_entry(hint, mode.has(Mode::STACKED)),
             window_site: None,
             accessed: false,
             stack: stack::Stack::default(),
@@ -234,6 +235,9 @@ impl<'a> Translator<'a> {
     fn body(mut self, code: &[Instruction], live: &[bool], (door, entry): (Option<(u32, Label)>, u32)) -> Translated {
         let mut ended = false;
         let mut in_run = 0;
+        if self.mode.has(Mode::WINDOW) {
+            self.known.count_sums(code);
+        }
         for (n, i) in code.iter().enumerate() {
             if n < in_run {
                 continue;

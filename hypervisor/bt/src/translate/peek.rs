@@ -6,7 +6,7 @@
 //! the block depends on: a store to them kills it.
 
 use super::classify::{Class, classify};
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, RflagsBits as B};
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, RflagsBits as B};
 use std::ops::Range;
 
 /// All status flags.
@@ -127,6 +127,10 @@ fn effect(i: &Instruction, kernel: bool) -> (u32, u32) {
         // AF is undefined, which is to say that it does not keep its value.
         kills |= B::AF;
     }
+    if matches!(i.mnemonic(), Mnemonic::Shl | Mnemonic::Shr | Mnemonic::Sar) {
+        // OF and AF likewise; nothing is undefined if the count is 0.
+        kills |= i.rflags_undefined();
+    }
     let mut reads = i.rflags_read();
     if maybe_unwritten(i) {
         kills = 0;
@@ -138,6 +142,12 @@ fn effect(i: &Instruction, kernel: bool) -> (u32, u32) {
 /// Instructions whose flag results depend on a count that may be zero.
 fn maybe_unwritten(i: &Instruction) -> bool {
     use Mnemonic as M;
+    if matches!(i.mnemonic(), M::Shl | M::Shr | M::Sar) && i.op1_kind() == OpKind::Immediate8 {
+        // The count is taken modulo the operand's width or 32, whichever is more.
+        let mask =
+            if matches!(i.code(), Code::Shl_rm64_imm8 | Code::Shr_rm64_imm8 | Code::Sar_rm64_imm8) { 63 } else { 31 };
+        return i.immediate8() & mask == 0;
+    }
     matches!(i.mnemonic(), M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd)
         && !matches!(
             i.code(),
@@ -202,6 +212,21 @@ mod tests {
         }
         // mov rax, [rbx]; cli; setc al
         let (out, _) = live(&[0x48, 0x8b, 0x03, 0xfa, 0x0f, 0x92, 0xc0], 3);
+        assert_eq!(out, [true, true, true]);
+    }
+
+    #[test]
+    fn shifts_by_constants_overwrite_all_flags_unless_they_shift_by_nothing() {
+        // mov rax, [rbx]; shr bp, 8; ret
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0x66, 0xc1, 0xed, 8, 0xc3], 3);
+        assert_eq!(out, [false, false, true]);
+        // The same by 32, and by CL.
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0x66, 0xc1, 0xed, 32, 0xc3], 3);
+        assert_eq!(out, [true, true, true]);
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0x66, 0xd3, 0xed, 0xc3], 3);
+        assert_eq!(out, [true, true, true]);
+        // Rotations keep most flags: rol ebp, 8.
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0xc1, 0xc5, 8, 0xc3], 3);
         assert_eq!(out, [true, true, true]);
     }
 

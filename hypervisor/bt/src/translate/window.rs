@@ -3,19 +3,18 @@
 //! In line stands a check for the window that the operand is likely in, then the guest's instruction with that window's
 //! segment prefix. An access that faults goes to the slow path, which is the soft TLB's, by way of the signal handler.
 //!
-//! A base register that was checked need not be checked again in the block while it moves by constants only. If such a check
+//! What was checked need not be checked again in the block ([`super::known`]). If a check that later ones rely on
 //! fails, the rest of the block is left for a version of itself that concludes nothing ([`Mode::MIXED`]). If another
 //! check fails, code behind the block tries the other window, and then the slow path.
 
-use super::classify::{Class, classify};
+use super::known::Sum;
 use super::memory::{Access, Ea, Loc, MemOp, Slow};
 use super::{Pending, Translator};
 use crate::asm::{Asm, Base, H, Label, M, cc};
 use crate::block::{FaultKind, Mode};
-use crate::regs::{Home, gpr_of, home};
+use crate::regs::{Home, home};
 use crate::state::off;
 use crate::window::{HIGH_SHIFT, High, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT};
-use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 /// One of the two windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +57,16 @@ pub(super) enum Subject {
     Address(M),
 }
 
+/// What a check that succeeds says beyond its own access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Learnt {
+    /// This register is in the window.
+    Base(usize),
+    /// This sum is.
+    Sum(Sum),
+    Nothing,
+}
+
 /// The attempt at the other window, behind the block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Other {
@@ -79,62 +88,6 @@ pub(crate) struct Hint<'a> {
     pub(crate) high: High,
 }
 
-/// What is known about guest registers at this place of a window block.
-pub(crate) struct Known {
-    gpr: [u64; 16],
-    low_more_often: bool,
-    /// The vCPU's high window.
-    window: High,
-    votes: i32,
-    /// Registers that are as they were at the block's entry, as a bit set.
-    unchanged: u16,
-    /// Registers that were checked for the high window, and for the low one.
-    high: u16,
-    low: u16,
-}
-
-/// The stack pointer in such a set.
-const RSP: u16 = 1 << 4;
-
-impl Known {
-    pub(crate) fn at_entry(hint: Hint<'_>, stacked: bool) -> Self {
-        let high = if stacked { RSP } else { 0 };
-        let (low_more_often, window) = (hint.low, hint.high);
-        Self { gpr: *hint.gpr, low_more_often, window, votes: 0, unchanged: u16::MAX, high, low: 0 }
-    }
-
-    /// Whether a register was checked for the high window.
-    pub(super) fn is_high(&self, g: usize) -> bool {
-        self.high >> g & 1 != 0
-    }
-
-    /// Whether the high window is one of several, told by more than one bit.
-    pub(super) fn several_windows(&self) -> bool {
-        self.window.mask.count_ones() > 1
-    }
-
-    pub(crate) fn votes(&self) -> i32 {
-        self.votes
-    }
-
-    fn region(&self, g: usize) -> Option<Region> {
-        if self.high >> g & 1 != 0 {
-            Some(Region::High)
-        } else if self.low >> g & 1 != 0 {
-            Some(Region::Low)
-        } else {
-            None
-        }
-    }
-
-    fn note(&mut self, g: usize, region: Region) {
-        match region {
-            Region::High => self.high |= 1 << g,
-            Region::Low => self.low |= 1 << g,
-        }
-    }
-}
-
 impl Translator<'_> {
     /// Emits an access by way of a window; false when its form wants the soft TLB.
     pub(super) fn emit_window_access(&mut self, acc: &Access, pre: Pending, op: &MemOp, site: u32) -> bool {
@@ -151,29 +104,34 @@ impl Translator<'_> {
                 None => return false,
             }
         } else {
-            let (subject, m) = self.subject(acc, pre);
-            let base_only = matches!((subject, ea.base), (Subject::Register(h), Some(b)) if home(b) == Home::Host(h));
-            let base = ea.base.filter(|_| base_only);
-            if let Some(region) = base.and_then(|b| self.known.region(b)) {
-                if base == Some(4) && !acc.masked {
-                    self.stack.note_access(m);
+            match self.known_operand(acc, pre) {
+                Some((region, m)) => {
+                    if ea.base == Some(4) && ea.index.is_none() && !acc.masked {
+                        self.stack.note_access(m);
+                    }
+                    region.operand(m)
                 }
-                region.operand(m)
-            } else {
-                let region = self.likely(ea);
-                // Behind an access that may touch nothing, nothing is known about its address.
-                let s = &self.tables.sites[site as usize];
-                let concluding = base.filter(|_| !s.masked && !s.late_fault && !self.mixed && !self.accessed);
-                let label = self.asm.label();
-                let patch = self.emit_check(region, subject, acc.flags_live, label);
-                if let Some(b) = concluding {
-                    self.known.note(b, region);
-                    self.add_exit(self.cur_rip, Mode(self.mode.0 | Mode::MIXED), patch, label);
-                } else {
-                    let flags_live = acc.flags_live;
-                    other = Some(Other { label, region: region.other(), subject, operand: m, flags_live });
+                None => {
+                    let region = self.likely(ea);
+                    // Behind an access that may touch nothing, nothing is known about its address.
+                    let s = &self.tables.sites[site as usize];
+                    let may_rely = !s.masked && !s.late_fault && !self.mixed && !self.accessed;
+                    let (subject, m, learnt) = self.subject(acc, pre, region, may_rely);
+                    let label = self.asm.label();
+                    let patch = self.emit_check(region, subject, acc.flags_live, label);
+                    match learnt {
+                        Learnt::Base(b) => self.known.note(b, region),
+                        Learnt::Sum(sum) => self.known.note_sum(sum, region),
+                        Learnt::Nothing => {}
+                    }
+                    if learnt == Learnt::Nothing {
+                        let flags_live = acc.flags_live;
+                        other = Some(Other { label, region: region.other(), subject, operand: m, flags_live });
+                    } else {
+                        self.add_exit(self.cur_rip, Mode(self.mode.0 | Mode::MIXED), patch, label);
+                    }
+                    region.operand(m)
                 }
-                region.operand(m)
             }
         };
         self.tables.sites[site as usize].window = true;
@@ -208,53 +166,94 @@ impl Translator<'_> {
         self.emit_check(region, Subject::Address(end), false, fail);
     }
 
-    /// What to check, and the operand in guest terms; both survive a check. Leaves flags alone.
-    fn subject(&mut self, acc: &Access, pre: Pending) -> (Subject, M) {
+    /// The displacement of a plain operand, one that is made of registers and a constant that windows leave room for.
+    fn plain_displacement(ea: &Ea, pre: Pending) -> Option<i32> {
+        let disp = i32::try_from(ea.disp).ok().filter(|d| LOW_DISPLACEMENTS.contains(d));
+        disp.filter(|_| ea.seg < 4 && matches!(pre, Pending::None))
+    }
+
+    /// A guest register's value in its home, or in `scratch`.
+    fn in_host(&mut self, g: usize, scratch: H) -> H {
+        match home(g) {
+            Home::Host(h) => h,
+            Home::Spilled(g) => {
+                self.asm.load(scratch, M::gs(off::gpr(g)));
+                scratch
+            }
+        }
+    }
+
+    /// An operand of which it is known which window it is in. Clobbers R11 and RCX, as all of these.
+    fn known_operand(&mut self, acc: &Access, pre: Pending) -> Option<(Region, M)> {
         let ea = &acc.ea;
-        let disp = i32::try_from(ea.disp).ok();
-        let host = |g: usize| match home(g) {
-            Home::Host(h) => Some(h),
-            Home::Spilled(_) => None,
-        };
-        if ea.seg < 4
-            && matches!(pre, Pending::None)
-            && let Some(disp) = disp
-        {
+        let disp = Self::plain_displacement(ea, pre)?;
+        let region = self.known.region_of(ea)?;
+        let base = ea.base.map(|b| self.in_host(b, H::R11));
+        let scratch = if base == Some(H::R11) { H::RCX } else { H::R11 };
+        let index = ea.index.map(|(x, s)| (self.in_host(x, scratch), s));
+        let m = M { base, index, disp, seg: Base::Host };
+        if m.names(H::R11) && m.names(H::RCX) {
+            // The instruction itself may need one of them.
+            self.asm.lea(H::R11, M { disp: 0, ..m });
+            return Some((region, M::base(H::R11, disp)));
+        }
+        Some((region, m))
+    }
+
+    /// What to check, the operand in guest terms, and what is known when the check succeeds, if that may be relied on. All survive
+    /// the check. Leaves flags alone.
+    fn subject(&mut self, acc: &Access, pre: Pending, region: Region, may_rely: bool) -> (Subject, M, Learnt) {
+        let ea = &acc.ea;
+        let in_place = |g: usize| matches!(home(g), Home::Host(_));
+        if let Some(disp) = Self::plain_displacement(ea, pre) {
             match (ea.base, ea.index) {
-                (Some(b), None) if LOW_DISPLACEMENTS.contains(&disp) => {
-                    let h = host(b).unwrap_or_else(|| {
-                        self.asm.load(H::R11, M::gs(off::gpr(b)));
-                        H::R11
-                    });
-                    return (Subject::Register(h), M::base(h, disp));
+                (Some(b), None) => {
+                    let h = self.in_host(b, H::R11);
+                    let learnt = if may_rely { Learnt::Base(b) } else { Learnt::Nothing };
+                    return (Subject::Register(h), M::base(h, disp), learnt);
                 }
-                (base, Some((x, s)))
-                    if host(x).is_some()
-                        && base.is_none_or(|b| host(b).is_some())
-                        && LOW_DISPLACEMENTS.contains(&disp)
-                        && !acc.flags_live =>
-                {
-                    let m = M { base: base.and_then(host), index: host(x).map(|h| (h, s)), disp, seg: Base::Host };
-                    return (Subject::Address(m), m);
+                // If the base is in the window, so is this, or next to it.
+                (Some(b), Some((x, s))) if may_rely && in_place(x) && self.known.small_index(x, region) => {
+                    let h = self.in_host(b, H::R11);
+                    let index = Some((self.in_host(x, H::RCX), s));
+                    return (Subject::Register(h), M { base: Some(h), index, disp, seg: Base::Host }, Learnt::Base(b));
+                }
+                (base, Some((x, s))) if in_place(x) && !acc.flags_live => {
+                    let sum = Sum::of(ea).filter(|s| may_rely && self.known.is_frequent(*s));
+                    let base = base.map(|b| self.in_host(b, H::R11));
+                    let index = Some((self.in_host(x, H::RCX), s));
+                    let m = M { base, index, disp, seg: Base::Host };
+                    // What holds for all displacements is checked without one.
+                    return match sum {
+                        Some(sum) => (Subject::Address(M { disp: 0, ..m }), m, Learnt::Sum(sum)),
+                        None => (Subject::Address(m), m, Learnt::Nothing),
+                    };
+                }
+                (Some(_), Some(_)) => {
+                    if let Some(sum) = Sum::of(ea).filter(|s| may_rely && self.known.is_frequent(*s)) {
+                        self.emit_ea(&Ea { disp: 0, ..*ea }, true);
+                        self.asm.mov(H::R11, H::RCX);
+                        return (Subject::Register(H::R11), M::base(H::R11, disp), Learnt::Sum(sum));
+                    }
                 }
                 _ => {}
             }
         }
+        let disp = i32::try_from(ea.disp).ok().filter(|d| LOW_DISPLACEMENTS.contains(d));
         if ea.seg >= 4
             && ea.base.is_none()
             && ea.index.is_none()
             && matches!(pre, Pending::None)
             && let Some(disp) = disp
-            && LOW_DISPLACEMENTS.contains(&disp)
         {
             // Thread-local data at a fixed place.
             self.asm.load(H::R11, M::gs(off::seg_base(usize::from(ea.seg))));
-            return (Subject::Register(H::R11), M::base(H::R11, disp));
+            return (Subject::Register(H::R11), M::base(H::R11, disp), Learnt::Nothing);
         }
         self.emit_ea(ea, true);
         self.emit_pending(pre, ea.bits);
         self.asm.mov(H::R11, H::RCX);
-        (Subject::Register(H::R11), M::base(H::R11, 0))
+        (Subject::Register(H::R11), M::base(H::R11, 0), Learnt::Nothing)
     }
 
     /// Jumps to `fail` unless the subject lies in the window; gives the place of the jump's displacement. Clobbers RCX.
@@ -335,85 +334,5 @@ impl Translator<'_> {
             return Region::Low;
         }
         if ea.base == Some(4) || ea.seg >= 4 || !k.low_more_often { Region::High } else { Region::Low }
-    }
-
-    /// Brings [`Known`] up to date with an instruction that was just emitted. `rest` is the block's code behind it, and
-    /// `flags_live` tells of the flags there.
-    pub(super) fn track(&mut self, i: &Instruction, rest: &[Instruction], flags_live: bool) {
-        let rsp = if self.mode.has(Mode::STACKED) { RSP } else { 0 };
-        let written = self.written(i);
-        let change = if rsp & written != 0 { self.stack_change(i) } else { None };
-        match classify(i.code()) {
-            Class::Copy(_)
-            | Class::Nop
-            | Class::Lea
-            | Class::BitTest
-            | Class::Push
-            | Class::Pop
-            | Class::String
-            | Class::Leave => {}
-            // Rust code may change anything.
-            _ => {
-                (self.known.unchanged, self.known.high, self.known.low) = (0, rsp, 0);
-                if let Some(change) = change {
-                    self.check_stack(change, rest, flags_live);
-                }
-                return;
-            }
-        }
-        let high = self.kept(i, self.known.high, false);
-        let low = self.kept(i, self.known.low, true);
-        self.known.unchanged &= !written;
-        self.known.high &= !written;
-        self.known.low &= !written;
-        self.known.high |= high | rsp;
-        self.known.low |= low & !rsp;
-        if let Some(change) = change {
-            self.check_stack(change, rest, flags_live);
-        }
-    }
-
-    /// The general registers that an instruction writes, or may write, in whole or in part.
-    fn written(&mut self, i: &Instruction) -> u16 {
-        let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
-        let reads = [OpAccess::Read, OpAccess::CondRead, OpAccess::None, OpAccess::NoMemAccess];
-        let written = info.used_registers().iter().filter(|r| !reads.contains(&r.access()));
-        written.filter_map(|r| gpr_of(r.register())).fold(0, |set, (g, _)| set | 1 << g)
-    }
-
-    /// Registers that an instruction writes and that are checked nevertheless, of a set: those that move by a constant, which
-    /// must be `small` in the low window, and copies.
-    fn kept(&self, i: &Instruction, set: u16, small: bool) -> u16 {
-        let has = |g: usize| set >> g & 1 != 0;
-        let named =
-            |n: u32| (i.op_kind(n) == OpKind::Register).then(|| gpr_of(i.op_register(n))).flatten().map(|r| r.0);
-        let if_kept = |g: Option<usize>| g.filter(|&g| has(g)).map_or(0, |g| 1u16 << g);
-        match i.code() {
-            Code::Add_rm64_imm8 | Code::Sub_rm64_imm8 | Code::Inc_rm64 | Code::Dec_rm64 => if_kept(named(0)),
-            Code::Add_rm64_imm32 | Code::Sub_rm64_imm32 | Code::Add_RAX_imm32 | Code::Sub_RAX_imm32 if !small => {
-                if_kept(named(0))
-            }
-            // Rounds down, by less than that.
-            Code::And_rm64_imm8 if (i.immediate(1) as i64) < 0 => if_kept(named(0)),
-            Code::Lea_r64_m => {
-                let plain = i.memory_index() == Register::None
-                    && i.memory_base().is_gpr64()
-                    && (!small || i8::try_from(i.memory_displacement64() as i64).is_ok());
-                match (named(0), gpr_of(i.memory_base())) {
-                    (Some(d), Some((b, _))) if plain && has(b) => 1 << d,
-                    _ => 0,
-                }
-            }
-            Code::Mov_r64_rm64 | Code::Mov_rm64_r64 => match (named(0), named(1)) {
-                (Some(d), Some(s)) if has(s) => 1 << d,
-                _ => 0,
-            },
-            _ => match i.mnemonic() {
-                Mnemonic::Push => if_kept(Some(4)),
-                Mnemonic::Pop if named(0) != Some(4) => if_kept(Some(4)),
-                Mnemonic::Leave if has(5) => 1 << 4,
-                _ => 0,
-            },
-        }
     }
 }

@@ -9,7 +9,7 @@
 //! anything that a block may add to it ([`REACH`]), it is not possible to reach a page that another window maps. The compiler verifies that
 //! below, chunk by chunk.
 
-use super::{REACH, UNMAPPED};
+use super::UNMAPPED;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -17,6 +17,9 @@ use std::sync::{Mutex, PoisonError};
 pub(crate) const HIGH_SHIFT: u8 = 46;
 
 const TIB: u64 = 1 << 40;
+
+/// How far from what it has checked a block may reach: by constants, and by an index below 2^32 that is scaled by at most 8.
+const REACH: u64 = super::REACH + (8 << 32);
 
 /// Host addresses reserved for high windows, all of which they may touch.
 const RESERVED: Range<u64> = 0x1400_0000_0000..0x5540_0000_0000;

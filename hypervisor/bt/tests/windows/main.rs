@@ -566,6 +566,18 @@ probes! {
     probe_frame: false, true, ["mov rbp, rsi", "mov rbx, [rbp]"];
     probe_second: false, false, ["xor edi, edi; mov rax, [r13 + rdi]; mov rdi, rsi; sub rdi, r13; mov rbx, [r13 + rdi]"];
     probe_added: false, false, ["mov rdi, r13; mov rax, [rdi]; sub rsi, r13; add rdi, rsi; mov rbx, [rdi]"];
+    probe_base: false, false, ["mov rdi, r13; xor r12d, r12d; mov rax, [rdi + r12]; mov rdi, rsi; mov rbx, [rdi + r12]"];
+    probe_half: false, false, ["mov edi, -1; mov r12, rdi; shl r12, 3; sub rsi, r12; mov rbx, [rsi + rdi*8]"];
+    probe_word: false, false, ["mov edi, 0xffff; sub rsi, 0x7fff8; mov rbx, [rsi + rdi*8]"];
+    probe_widened: false, false, [
+        "movzx edi, r15b; and edi, 0; mov rax, [r13 + rdi*2]; mov rdi, rsi; sub rdi, r13; mov rbx, [r13 + rdi]"
+    ];
+    probe_table: false, false, ["mov rdi, rsi; sub rdi, 0x1000; mov rbx, [rdi*1 + 0x1000]"];
+    probe_spilled: false, false, ["mov r10, r13; mov rax, [r10]; mov r10, rsi; mov rbx, [r10]"];
+    probe_both_spilled: false, false, [
+        "mov r10, r13; xor r11d, r11d; mov rax, [r10 + r11]; mov rax, [r10 + r11 + 8]; mov r11, rsi; sub r11, r10",
+        "mov rbx, [r10 + r11]"
+    ];
     probe_lea: false, false, ["mov rdi, r13; mov rax, [rdi]; sub rsi, rdi; lea rdi, [rdi + rsi]; mov rbx, [rdi]"];
     probe_moved: false, false, ["mov rdi, r13; mov rax, [rdi]; mov rdi, rsi; mov rbx, [rdi]"];
     probe_exchanged: false, false, ["mov rdi, r13; mov rax, [rdi]; xchg rdi, rsi; mov rbx, [rdi]"];
