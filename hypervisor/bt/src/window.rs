@@ -44,6 +44,7 @@ use paravane_cpu::{CpuState, Env, Reg, TlbFlush};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use worth::{Verdict, Worth};
 
 /// An address belongs to the low window when this many bits shifted out leave 0.
 pub(crate) const LOW_SHIFT: u8 = 32;
@@ -74,6 +75,7 @@ const UNMAPPED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MA
 const PAGE: u64 = 4096;
 
 mod high;
+mod worth;
 
 /// Mode word of a jump cache that must not be used before pending pages are seen to.
 const GATED: u32 = NO_MODE - 1;
@@ -88,8 +90,6 @@ const MAX_PAGES: usize = 1 << 17;
 const SIGNAL_COST: Duration = Duration::from_nanos(4000);
 /// Least time between samples.
 const SAMPLE: Duration = Duration::from_millis(2);
-/// Samples of excessive cost, less those of moderate cost, after which the windows are taken away.
-const PATIENCE: u32 = 5;
 /// Timer interrupts in a row that must find the same process computing.
 const FIRST_NEED: u32 = 3;
 const LAST_NEED: u32 = 48;
@@ -178,7 +178,8 @@ pub(crate) struct Window {
     /// Pages whose translation the guest has flushed, or that it has just been told are missing: seen to before user code
     /// runs again.
     pending: Vec<u64>,
-    costly: u32,
+    /// Whether they pay for their owner.
+    worth: Worth,
     /// A process that may get the windows: root, interrupts that found it computing.
     candidate: (u64, u32),
     /// Processes that windows did not pay for, with the interrupts they need now.
@@ -212,7 +213,7 @@ impl Window {
             cost: Duration::ZERO,
             pending: Vec::new(),
             sampled: Instant::now(),
-            costly: 0,
+            worth: Worth::default(),
             candidate: (0, 0),
             need: WordMap::default(),
         }
@@ -449,9 +450,8 @@ impl Engine {
         w.sampled = Instant::now();
         let cost = std::mem::take(&mut w.cost);
         if w.owner.is_some() {
-            // Mapping may take its time for a few ticks, while a working set comes in, but not for long.
-            w.costly = if cost * 2 > elapsed { w.costly + 1 } else { w.costly.saturating_sub(1) };
-            if w.costly > PATIENCE {
+            let found_it = computing && w.owner.is_some_and(|o| o.0 == now.0);
+            if w.worth.sample(cost, elapsed, found_it) == Verdict::TakeAway {
                 return self.take_window();
             }
         }
@@ -529,7 +529,7 @@ impl Engine {
         w.clear();
         if w.low.is_some() {
             w.owner = Some(to);
-            (w.stale, w.costly, w.cost, w.votes) = (false, 0, Duration::ZERO, 0);
+            (w.stale, w.worth, w.cost, w.votes) = (false, Worth::default(), Duration::ZERO, 0);
             self.stats.windows_given += 1;
         }
     }
@@ -764,7 +764,7 @@ impl Engine {
         if !good {
             // The host has no more mappings or memory to give. The code that runs now goes by the windows, so they are taken
             // away at the next opportunity.
-            self.window.costly = u32::MAX / 2;
+            self.window.worth = Worth::NONE;
         }
         good
     }
