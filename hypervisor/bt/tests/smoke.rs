@@ -199,6 +199,48 @@ fn simd_state_survives_callouts() {
 }
 
 guest!(
+    segments,
+    "stc",
+    "mov rax, -1",
+    ".byte 0x66, 0x8c, 0xc0", // mov ax, es: the upper bits stay. The assembler would leave the prefix out.
+    "mov r9, -1",
+    ".byte 0x66, 0x41, 0x8c, 0xd9", // mov r9w, ds
+    "mov r10d, es",
+    "mov qword ptr [rsp - 16], -1",
+    "mov word ptr [rsp - 16], es",
+    "mov rbx, [rsp - 16]",
+    "movabs rdx, 0xffff800000001000",
+    "wrgsbase rdx",
+    "rdgsbase rsi",
+    "movabs r11, 0x7ffffffff000",
+    "wrfsbase r11",
+    "rdfsbase rdi",
+    "mov r8, -1",
+    "wrfsbase r8d",
+    "rdfsbase r8",
+    "setc r13b",
+    "movabs rdx, 0x800000000000",
+    "wrgsbase rdx", // Not canonical: #GP, for which nobody is prepared.
+    "mov r14, 1",
+    "hlt",
+);
+
+#[test]
+fn segment_registers_are_read_and_bases_written() {
+    let (mut v, _, _) = long_mode(segments::code());
+    v.state_mut().cr4 |= cr4::FSGSBASE;
+    v.state_mut().seg[Seg::Es as usize].selector = 0x1234;
+    assert_eq!(v.run().unwrap(), VcpuExit::TripleFault);
+    let st = v.state();
+    let g = st.gpr;
+    assert_eq!((g[0], g[9], g[10]), (0xffff_ffff_ffff_1234, 0xffff_ffff_ffff_0010, 0x1234));
+    assert_eq!(g[3], 0xffff_ffff_ffff_1234, "two bytes are stored");
+    assert_eq!((g[6], g[7], g[8]), (0xffff_8000_0000_1000, 0x7fff_ffff_f000, 0xffff_ffff));
+    assert_eq!((g[13] & 0xff, g[14]), (1, 0), "flags live on, and nothing runs behind the fault");
+    assert_eq!(st.seg[Seg::Gs as usize].base, 0xffff_8000_0000_1000, "a base that is not canonical is not taken");
+}
+
+guest!(
     flags,
     "stc",
     "mov rax, [rsp + 8]", // Flags are live across this lookup.

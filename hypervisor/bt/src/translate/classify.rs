@@ -61,6 +61,8 @@ pub(crate) enum Class {
     Iretq,
     /// MOV from a segment register.
     ReadSegment,
+    /// WRFSBASE and WRGSBASE.
+    WriteBase,
     /// Carried out by Rust code; goes on behind it.
     Emulate,
     /// Carried out by Rust code; ends the block.
@@ -207,6 +209,7 @@ fn compute(code: Code) -> Class {
         M::Rdtscp => return Class::Rdtscp,
         M::Swapgs => return Class::Swapgs,
         M::Rdfsbase | M::Rdgsbase => return Class::ReadBase,
+        M::Wrfsbase | M::Wrgsbase => return Class::WriteBase,
         M::Pushfq => return Class::Pushf,
         M::Pushf | M::Pushfd => return Class::Emulate,
         M::Popf | M::Popfd | M::Popfq | M::Lss | M::Lds | M::Les | M::Lfs | M::Lgs => return Class::EmulateEnd,
@@ -295,8 +298,6 @@ fn compute(code: Code) -> Class {
         | M::Invpcid
         | M::Wrmsr
         | M::Xsetbv
-        | M::Wrfsbase
-        | M::Wrgsbase
         | M::Mwait
         | M::Monitor
         | M::Lgdt

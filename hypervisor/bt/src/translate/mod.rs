@@ -390,7 +390,8 @@ impl<'a> Translator<'a> {
             Class::Syscall => self.syscall(i),
             Class::Sysretq => self.sysretq(i),
             Class::Iretq => self.iretq(i),
-            Class::ReadSegment => self.read_segment(i),
+            Class::ReadSegment => self.read_segment(i, flags_live),
+            Class::WriteBase => self.write_base(i),
             Class::Emulate | Class::EmulateEnd => self.callout(i, Action::Emulate),
         }
         ends_block(i, self.mode)

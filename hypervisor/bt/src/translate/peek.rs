@@ -116,7 +116,7 @@ fn effect(i: &Instruction, kernel: bool) -> (u32, u32) {
         // In ring 0 they leave the flags alone, also where Rust carries them out. Elsewhere they may fault.
         Class::Cli | Class::Sti | Class::Stac | Class::Clac | Class::Swapgs if kernel => return (0, 0),
         Class::Rdtsc | Class::Rdtscp | Class::Pause if kernel => return (0, 0),
-        Class::ReadCr | Class::ReadBase | Class::ReadSegment if kernel => return (0, 0),
+        Class::ReadCr | Class::ReadBase | Class::ReadSegment | Class::WriteBase if kernel => return (0, 0),
         // These replace them all. A fault shows others, as any fault may.
         Class::Sysretq | Class::Iretq if kernel => return (ALL, 0),
         // Rust code may look at them.

@@ -6,7 +6,7 @@ use crate::asm::{H, M};
 use crate::block::{Action, Mode};
 use crate::regs::{Home, Width, gpr_of, home};
 use crate::state::off;
-use iced_x86::{Instruction, Mnemonic, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// `RFLAGS` bits 8 to 15: in the plain mode IF is the only one of them that the state keeps.
 const FLAGS_BYTE1: i32 = off::RFLAGS + 1;
@@ -138,8 +138,8 @@ impl Translator<'_> {
         self.exit_to(self.cur_next, mode, false);
     }
 
-    /// MOV from a segment register to a general-purpose register.
-    pub(crate) fn read_segment(&mut self, i: &Instruction) {
+    /// MOV from a segment register.
+    pub(crate) fn read_segment(&mut self, i: &Instruction, flags_live: bool) {
         let seg = match i.op1_register() {
             Register::ES => 0,
             Register::CS => 1,
@@ -149,16 +149,58 @@ impl Translator<'_> {
             Register::GS => 5,
             _ => return self.callout(i, Action::Emulate),
         };
-        match gpr_of(i.op0_register()) {
-            Some((n, Width::B32 | Width::B64)) => match home(n) {
-                Home::Host(h) => self.asm.load16(h, M::gs(off::seg_selector(seg))),
-                Home::Spilled(n) => {
-                    self.asm.load16(H::RCX, M::gs(off::seg_selector(seg)));
-                    self.asm.store(M::gs(off::gpr(n)), H::RCX);
-                }
-            },
-            _ => self.callout(i, Action::Emulate),
+        let from = off::seg_selector(seg);
+        if i.op0_kind() == OpKind::Memory {
+            // Two bytes, whatever the operand size.
+            let ea = Ea::of(i, self.mode);
+            let acc = Access { ea, size: 2, read: false, write: true, masked: false, align: 0, flags_live };
+            return self.emit_access(acc, MemOp::Store(Value::Gs(from), 2));
         }
+        let Some((n, width)) = gpr_of(i.op0_register()) else { return self.callout(i, Action::Emulate) };
+        let a = &mut self.asm;
+        match (home(n), width) {
+            (Home::Host(h), Width::B32 | Width::B64) => a.load16(h, M::gs(from)),
+            (Home::Host(h), _) => {
+                a.load16(H::RCX, M::gs(from));
+                a.mov16(h, H::RCX);
+            }
+            (Home::Spilled(n), Width::B32 | Width::B64) => {
+                a.load16(H::RCX, M::gs(from));
+                a.store(M::gs(off::gpr(n)), H::RCX);
+            }
+            (Home::Spilled(n), _) => {
+                a.load16(H::RCX, M::gs(from));
+                a.store16(M::gs(off::gpr(n)), H::RCX);
+            }
+        }
+    }
+
+    /// WRFSBASE and WRGSBASE. Leaves flags alone.
+    pub(crate) fn write_base(&mut self, i: &Instruction) {
+        let seg = if i.mnemonic() == Mnemonic::Wrfsbase { 4 } else { 5 };
+        let Some((n, w)) = gpr_of(i.op0_register()) else { return self.callout(i, Action::Emulate) };
+        if !self.mode.is64() || !self.mode.has(Mode::FSGSBASE) {
+            return self.callout(i, Action::Undefined);
+        }
+        let a = &mut self.asm;
+        match home(n) {
+            Home::Host(h) => a.mov(H::R11, h),
+            Home::Spilled(n) => a.load(H::R11, M::gs(off::gpr(n))),
+        }
+        if w == Width::B64 {
+            // Canonical: bits 47 and up are all 0 or all 1. If not, Rust raises #GP.
+            let good = a.label();
+            a.mov_imm(H::RCX, 47);
+            a.sarx(H::RCX, H::R11, H::RCX);
+            a.jrcxz(good);
+            a.lea(H::RCX, M::base(H::RCX, 1));
+            a.jrcxz(good);
+            self.callout(i, Action::Emulate);
+            self.asm.bind(good);
+        } else {
+            a.mov32(H::R11, H::R11);
+        }
+        self.asm.store(M::gs(off::seg_base(seg)), H::R11);
     }
 
     /// RDFSBASE and RDGSBASE.
