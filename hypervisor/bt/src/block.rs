@@ -62,8 +62,8 @@ impl Mode {
     pub(crate) const GLOBAL: u32 = 1 << 21;
     /// User code reaches memory through the windows (see [`crate::window`]). The engine's choice, not the guest's state.
     pub(crate) const WINDOW: u32 = 1 << 26;
-    /// A window block whose base registers may point into either window: nothing is concluded from one check for the next
-    /// access. Entered where a block's own conclusion proves wrong.
+    /// A window block whose first instruction may access either window: nothing is concluded from its checks. Entered where a block's
+    /// own conclusion proves wrong, also that of another such block.
     pub(crate) const MIXED: u32 = 1 << 27;
     /// A window block that takes the stack pointer to be in the high window, or near enough that an access by it reaches
     /// nothing but what is reserved around. See [`crate::window`].

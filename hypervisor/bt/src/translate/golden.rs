@@ -139,6 +139,13 @@ fn doors_and_indirect_branches() {
 }
 
 #[test]
+fn windows_and_runs_of_the_stack() {
+    // push rbp; push r9; push rcx; pop rdx; pop r10; ret
+    let code = [0x55, 0x41, 0x51, 0x51, 0x5a, 0x41, 0x5a, 0xc3];
+    check_at("window-run", Mode(mode(3).0 | Mode::WINDOW | Mode::STACKED), 0x5555_5555_5000, &code);
+}
+
+#[test]
 fn windows_and_indexes() {
     // mov r8, [r9+rbx*4]; mov rdx, [r9+rbx*4+16]; movzx eax, sil; mov rdi, [rax*8+0x73bf40]; mov r8d, ecx; mov rdx, [rsp+r8*8+8];
     // andn r9, r10, [r11+r9*2]; andn r9, r10, [r11+r9*2]; jmp [rdi+rax*8]

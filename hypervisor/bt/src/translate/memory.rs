@@ -315,6 +315,13 @@ impl Translator<'_> {
         self.tables.sites.len() as u32 - 1
     }
 
+    /// Records a run of pushes or pops that goes through a window; gives its number.
+    pub(super) fn note_run_site(&mut self, push: bool) -> u32 {
+        let site = Site { window: true, size: 8, read: !push, write: push, seg: 2, ..self.plain_site() };
+        self.tables.sites.push(site);
+        self.tables.sites.len() as u32 - 1
+    }
+
     /// RCX = linear address in; operand at `[r11 + rcx]` out, or a jump to `slow`.
     pub(super) fn emit_lookup(&mut self, size: u16, write: bool, flags_live: bool, slow: Label) {
         let view = self.mode.view();

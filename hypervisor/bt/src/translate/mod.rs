@@ -246,6 +246,11 @@ impl<'a> Translator<'a> {
             if run > 0 {
                 self.stack_run(&code[n..n + run], live[n]);
                 in_run = n + run;
+                if self.mode.has(Mode::WINDOW) {
+                    for k in n..in_run {
+                        self.track(&code[k], &code[k + 1..], true);
+                    }
+                }
                 continue;
             }
             self.cur_rip = i.ip();

@@ -4,7 +4,7 @@
 //! segment prefix. An access that faults goes to the slow path, which is the soft TLB's, by way of the signal handler.
 //!
 //! What was checked need not be checked again in the block ([`super::known`]). If a check that later ones rely on
-//! fails, the rest of the block is left for a version of itself that concludes nothing ([`Mode::MIXED`]). If another
+//! fails, the rest of the block is left for a version of itself that concludes nothing from its first instruction ([`Mode::MIXED`]). If another
 //! check fails, code behind the block tries the other window, and then the slow path.
 
 use super::known::Sum;
@@ -40,7 +40,7 @@ impl Region {
     }
 
     /// An operand in the window, given its address in guest terms.
-    fn operand(self, m: M) -> M {
+    pub(super) fn operand(self, m: M) -> M {
         match self {
             Self::High => m.relative(Base::Window, 0),
             Self::Low => m.relative(Base::State, LOW_DISTANCE),
@@ -115,7 +115,9 @@ impl Translator<'_> {
                     let region = self.likely(ea);
                     // Behind an access that may touch nothing, nothing is known about its address.
                     let s = &self.tables.sites[site as usize];
-                    let may_rely = !s.masked && !s.late_fault && !self.mixed && !self.accessed;
+                    // A mixed block must not lead to itself.
+                    let first = self.mixed && self.cur_rip == self.start_rip;
+                    let may_rely = !s.masked && !s.late_fault && !first && !self.accessed;
                     let (subject, m, learnt) = self.subject(acc, pre, region, may_rely);
                     let label = self.asm.label();
                     let patch = self.emit_check(region, subject, acc.flags_live, label);
