@@ -39,6 +39,7 @@ mod common;
 mod drift;
 mod guest;
 mod kernel;
+mod wild;
 
 use guest::*;
 use paravane_bt::Windows;
