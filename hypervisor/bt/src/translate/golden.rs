@@ -146,6 +146,16 @@ fn windows_and_runs_of_the_stack() {
 }
 
 #[test]
+fn windows_where_a_check_has_failed() {
+    // mov rdx, [rax+16]; mov rax, [rdx+32]; test rax, rax; je +9; mov r9, [rdx+8]; sub dword [rdx], 1; ret
+    let code = [
+        0x48, 0x8b, 0x50, 16, 0x48, 0x8b, 0x42, 32, 0x48, 0x85, 0xc0, 0x74, 9, 0x4c, 0x8b, 0x4a, 8, 0x83, 0x2a, 1, 0xc3,
+    ];
+    let mode = Mode(mode(3).0 | Mode::WINDOW | Mode::STACKED | Mode::MIXED);
+    check_at("window-mixed", mode, 0x5555_5555_5000, &code);
+}
+
+#[test]
 fn windows_and_indexes() {
     // mov r8, [r9+rbx*4]; mov rdx, [r9+rbx*4+16]; movzx eax, sil; mov rdi, [rax*8+0x73bf40]; mov r8d, ecx; mov rdx, [rsp+r8*8+8];
     // andn r9, r10, [r11+r9*2]; andn r9, r10, [r11+r9*2]; jmp [rdi+rax*8]
