@@ -400,6 +400,17 @@ impl Asm {
         self.vex_0f38(3, 0xf5, d, s, m);
     }
 
+    /// `rorx d, s, n` (64-bit).
+    pub(crate) fn rorx(&mut self, d: H, s: H, n: u8) {
+        let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 3;
+        self.b(&[0xc4, b1, 0xfb, 0xf0, 0xc0 | (d.low() << 3) | s.low(), n]);
+    }
+
+    /// `movzx d32, s8`, of registers whose low bytes need no REX or are numbered from 8 on.
+    pub(crate) fn movzx8(&mut self, d: H, s: H) {
+        self.rr(false, &[0x0f, 0xb6], d.0, s);
+    }
+
     /// `sarx d, s, count` (64-bit).
     pub(crate) fn sarx(&mut self, d: H, s: H, count: H) {
         let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 2;

@@ -71,6 +71,10 @@ impl Mode {
     /// CPL is not 0 (it may be 1 or 2, which paging counts as supervisor).
     pub(crate) const RING: u32 = 1 << 20;
 
+    /// Ring-0 code reaches memory through kernel mappings (see [`crate::kernel`]) in the view that SMAP holds back; the other view has the bit to come
+    /// back from. The engine's choice, not the guest's state.
+    pub(crate) const MAPPED: u32 = 1 << 29;
+
     pub(crate) const VIEW_USER: u32 = 0;
     pub(crate) const VIEW_SMAP: u32 = 1;
     pub(crate) const VIEW_SUPER: u32 = 2;
@@ -188,7 +192,7 @@ impl Mode {
     /// Whether blocks of this mode may call and return by the translated code's own stack: user code with windows, and 64-bit kernel code.
     /// The latter in one view only, so that STAC and CLAC need not forget the calls of the other.
     pub(crate) fn calls(self) -> bool {
-        !self.alone() && (self.has(Self::WINDOW) || self.0 & !Self::GLOBAL == self.kernel64().0)
+        !self.alone() && (self.has(Self::WINDOW) || self.0 & !(Self::GLOBAL | Self::MAPPED) == self.kernel64().0)
     }
 
     /// Whether blocks of this mode stand alone: never linked, never in the jump cache.
@@ -271,6 +275,8 @@ pub(crate) struct Site {
     pub(crate) slow: u32,
     /// The access goes through a window; for a string instruction, through the high one.
     pub(crate) window: bool,
+    /// The access goes through kernel mappings.
+    pub(crate) kernel: bool,
     /// The block has x87/SIMD state live.
     pub(crate) simd: bool,
     /// Alignment in bytes below which the instruction raises #GP; that goes before any page fault.

@@ -167,6 +167,10 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
         st.rip = i.ip();
         return e.go();
     }
+    if mode.has(Mode::MAPPED) && mode.view() as u32 == Mode::VIEW_SMAP && e.string_in_kernel(&i, block as u32) {
+        st.rip = i.ip();
+        return e.go();
+    }
     e.stats.emulated += 1;
     e.emulated[i.mnemonic() as usize] += 1;
     match i.mnemonic() {
@@ -250,15 +254,33 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
 impl Engine {
     /// Brings the pages that a REP MOVS or REP STOS is at into the windows; false when there is nothing to bring.
     fn string_in_window(&mut self, i: &iced_x86::Instruction) -> bool {
-        use Mnemonic as M;
-        let movs = matches!(i.mnemonic(), M::Movsb | M::Movsw | M::Movsd | M::Movsq);
-        if !movs && !matches!(i.mnemonic(), M::Stosb | M::Stosw | M::Stosd | M::Stosq) || !i.has_rep_prefix() {
-            return false;
-        }
+        let Some(movs) = rep_moves(i) else { return false };
         let st = self.cpu();
         let (rsi, rdi) = (st.gpr[Reg::Rsi as usize], st.gpr[Reg::Rdi as usize]);
         (movs && self.map_in_window(rsi, false)) | self.map_in_window(rdi, true)
     }
+}
+
+impl Engine {
+    /// The same for kernel mappings.
+    fn string_in_kernel(&mut self, i: &iced_x86::Instruction, block: u32) -> bool {
+        let Some(movs) = rep_moves(i) else { return false };
+        let st = self.cpu();
+        let (rsi, rdi, count) = (st.gpr[Reg::Rsi as usize], st.gpr[Reg::Rdi as usize], st.gpr[Reg::Rcx as usize]);
+        // Long ones come to Rust in any case.
+        count >> 12 == 0 && self.map_string_for_kernel(movs.then_some(rsi), rdi, i.ip(), block)
+    }
+}
+
+/// Whether an instruction is REP MOVS (true) or REP STOS (false).
+fn rep_moves(i: &iced_x86::Instruction) -> Option<bool> {
+    use Mnemonic as M;
+    let moves = match i.mnemonic() {
+        M::Movsb | M::Movsw | M::Movsd | M::Movsq => true,
+        M::Stosb | M::Stosw | M::Stosd | M::Stosq => false,
+        _ => return None,
+    };
+    i.has_rep_prefix().then_some(moves)
 }
 
 fn is_x87(i: &iced_x86::Instruction) -> bool {

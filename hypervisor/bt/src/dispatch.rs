@@ -129,9 +129,12 @@ impl Engine {
         }
         let acknowledged = self.bus.interrupt_ack(self.id);
         if let Some(vector) = acknowledged {
-            st.halted = 0;
+            let halted = std::mem::take(&mut st.halted) != 0;
             self.stats.interrupts += 1;
             self.sample_window();
+            if !halted {
+                self.sample_kernel();
+            }
             if let Err(stop) = interrupt::deliver_external(st, self, vector) {
                 self.stop = Some(stop);
             }

@@ -233,6 +233,7 @@ impl Engine {
     /// Takes from translated code every way to write to a page of RAM directly.
     pub(crate) fn drop_write_access(&mut self, page: u64) {
         self.protect_in_window(page);
+        self.protect_in_kernel(page);
         self.drop_write_entries(page);
         self.ram.disclaim(page);
     }

@@ -5,6 +5,7 @@ use crate::asm::Asm;
 use crate::block::{BlockId, FaultKind, Key, Mode, NO_BLOCK, Tables};
 use crate::cache::CodeMemory;
 use crate::fetch::{CodePage, ExecTlb};
+use crate::kernel::Kernel;
 use crate::perf_map::PerfMap;
 use crate::profile::Profiler;
 use crate::state::{BtState, JC_ENTRIES, JC_MASK, NO_MODE, NO_SELECTOR, Side, Thunk, VIEWS};
@@ -207,6 +208,7 @@ pub(crate) struct Engine {
     pub(crate) before_fault: [u8; 576],
 
     pub(crate) window: Window,
+    pub(crate) kernel: Kernel,
     /// The modes in which the calls of each [`Side`] were made.
     pub(crate) calls_mode: [Mode; 2],
     /// [`crate::block::Mode::MIXED`] when the next block is to be of that kind.
@@ -274,6 +276,7 @@ impl Engine {
         let (mailbox, slots) = dma::Mailbox::new(memory.clone(), &mem)?;
         let ram = Ram::new(mem, &slots);
         let window = Window::new(&memory, &ram, cfg.windows, cfg.cpus);
+        let kernel = Kernel::new(cfg.cpus <= 1 && ram.has_files(), cfg.windows, &raw mut st.kernel_table);
         (st.high_mask, st.low_mask) = (window.high().mask, crate::window::LOW_MASK);
         st.high_back = window.high().distance;
         st.low_offset = state as u64 + crate::window::LOW_DISTANCE as u64;
@@ -284,6 +287,7 @@ impl Engine {
             memory,
             ram,
             window,
+            kernel,
             calls_mode: [Mode(NO_MODE); 2],
             variant: 0,
             bus,
@@ -415,6 +419,7 @@ impl Engine {
     pub(crate) fn state_replaced(&mut self) {
         self.forget_iret();
         self.flush_window(paravane_cpu::TlbFlush::All);
+        self.kernel.clear();
         self.flush_all_translations();
     }
 

@@ -90,6 +90,7 @@ impl Env for Engine {
 
     fn flush_tlb(&mut self, what: TlbFlush) {
         self.flush_window(what);
+        self.flush_kernel(what);
         match what {
             TlbFlush::All => self.flush_all_translations(),
             // The soft TLB is not tagged: another PCID's entries are gone already, and the current one's go now.

@@ -127,6 +127,7 @@ impl Engine {
                 mode.0 |= Mode::WINDOW | self.stack_mode() | self.variant;
             }
             self.variant = 0;
+            mode.0 |= self.use_kernel_mappings(mode);
             match self.find(mode) {
                 Ok(Some(id)) => return Some(self.prepare(id)),
                 Ok(None) => {
@@ -388,7 +389,12 @@ impl Engine {
         } else {
             None
         };
-        let hint = Hint { gpr: &self.cpu().gpr, low: self.window.votes > 0, high: self.window.high() };
+        let hint = Hint {
+            gpr: &self.cpu().gpr,
+            low: self.window.votes > 0,
+            high: self.window.high(),
+            kept: &self.kernel.kept,
+        };
         let faults = self.tables.faults.len() as u32;
         let first_exit = self.tables.exits.len() as u32;
         let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, (key.rip, code), hint)

@@ -30,6 +30,7 @@ mod environment;
 mod fault;
 mod fetch;
 mod handover;
+mod kernel;
 mod perf_map;
 mod profile;
 mod regs;

@@ -71,9 +71,9 @@ impl Engine {
         }
         let kind = if s.write { AccessKind::Write } else { AccessKind::Read };
         if (la ^ last) >> 12 != 0 || last < la {
-            if s.window && self.pieces(la, usize::from(s.size), kind).is_ok() {
+            if (s.window || s.kernel) && self.pieces(la, usize::from(s.size), kind).is_ok() {
                 self.profile.begin(Cause::Window);
-                let (a, b) = (self.map_in_window(la, s.write), self.map_in_window(last, s.write));
+                let (a, b) = (self.map_directly(la, s), self.map_directly(last, s));
                 if a || b {
                     return Ok(Resolved::Filled);
                 }
@@ -96,19 +96,20 @@ impl Engine {
                 return self.bounce_access(la, s, kind);
             }
         }
-        if s.window {
-            // The soft TLB does not serve this access: what no window can hold goes through the bounce buffer.
+        if s.window || s.kernel {
+            // The soft TLB does not serve this access: what cannot be mapped goes through the bounce buffer.
             self.profile.begin(Cause::Window);
-            return if self.map_in_window(la, s.write) {
-                Ok(Resolved::Filled)
-            } else {
-                self.bounce_access(la, s, kind)
-            };
+            return if self.map_directly(la, s) { Ok(Resolved::Filled) } else { self.bounce_access(la, s, kind) };
         }
         let writable = s.write || (t.writable && t.dirty);
         let view = crate::block::Mode(self.shared().mode).view();
         self.fill(view, la, (page, hva as u64), t.global, writable, t.page_shift);
         Ok(Resolved::Filled)
+    }
+
+    /// Maps a page that an access through a window or a kernel mapping missed; false when that changes nothing.
+    fn map_directly(&mut self, la: u64, s: &Site) -> bool {
+        if s.kernel { self.map_for_kernel(la, s.write, s) } else { self.map_in_window(la, s.write) }
     }
 
     /// What emulated instructions and exception delivery ask: the soft TLB first, for stacks and descriptor tables stay where they are.

@@ -108,6 +108,8 @@ pub(crate) struct BtState {
     pub(crate) high_back: u64,
     pub(crate) low_offset: u64,
     pub(crate) low_back: u64,
+    /// What to add to addresses of each TiB in kernel code, see [`crate::kernel`].
+    pub(crate) kernel_table: [u64; crate::kernel::TABLE],
     /// FS base for translated code while a window is in use, else zero: FS is then left alone.
     pub(crate) window_fs: u64,
     /// FS base of Rust code on the thread that runs the vCPU.
@@ -299,6 +301,7 @@ pub(crate) mod off {
     pub(crate) const HIGH_OFFSET: i32 = offset_of!(BtState, high_offset) as i32;
     pub(crate) const HIGH_BACK: i32 = offset_of!(BtState, high_back) as i32;
     pub(crate) const LOW_OFFSET: i32 = offset_of!(BtState, low_offset) as i32;
+    pub(crate) const KERNEL_TABLE: i32 = offset_of!(BtState, kernel_table) as i32;
     pub(crate) const LOW_BACK: i32 = offset_of!(BtState, low_back) as i32;
     /// The address of a side's last frame, negated.
     pub(crate) fn neg_last_frame(side: Side) -> i32 {

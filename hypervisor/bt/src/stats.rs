@@ -35,6 +35,8 @@ counters! {
     windows_taken = "windows taken away",
     window_maps = "window mappings made",
     window_checks = "window checks",
+    kernel_maps = "kernel mappings made",
+    kernel_misses = "kernel mapping misses",
     mmio_reads = "MMIO reads",
     mmio_writes = "MMIO writes",
     pio_reads = "port reads",

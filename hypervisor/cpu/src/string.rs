@@ -13,7 +13,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use crate::mem::{self, Privilege};
-use crate::mmu::{self, Access, AccessKind};
+use crate::mmu::{Access, AccessKind};
 use crate::operand::{mask, read_linear};
 use crate::rare::{advance, cmp_flags, set_flags};
 use crate::state::rflags;
@@ -321,7 +321,7 @@ impl Side {
         let low = if op.backward { self.offset - (n - 1) * bytes } else { self.offset };
         let la = ea::segmented(st, self.seg, low, (n * bytes) as usize, self.write).ok()?;
         let kind = if self.write { AccessKind::Write } else { AccessKind::Read };
-        mmu::walk(st, env, la, Access::current(st, kind)).ok().map(|t| t.gpa)
+        env.translate(st, la, Access::current(st, kind)).ok()
     }
 }
 

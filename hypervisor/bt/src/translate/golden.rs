@@ -5,6 +5,7 @@
 use super::{Decoded, Hint, Translator, decode};
 use crate::asm::Asm;
 use crate::block::{Mode, Tables};
+use crate::engine::WordMap;
 use crate::window::High;
 use iced_x86::{Decoder, DecoderOptions, FastFormatter, Instruction, InstructionInfoFactory};
 use paravane_cpu::state::{cr0, cr4, efer};
@@ -47,7 +48,7 @@ fn check_with(name: &str, mode: Mode, rip: u64, guest: &[u8], high: High, door: 
     let mut code: Vec<Instruction> = Vec::new();
     assert_eq!(decode(guest, rip, mode, &mut code), Decoded::Ok);
     let (mut asm, mut info, mut tables) = (Asm::new(), InstructionInfoFactory::new(), Tables::default());
-    let hint = Hint { gpr: &[rip; 16], low: false, high };
+    let hint = Hint { gpr: &[rip; 16], low: false, high, kept: &WordMap::default() };
     Translator::new(&mut asm, &mut info, &mut tables, mode, 0, (rip, guest), hint).translate(&code, None, door);
     asm.resolve(0);
     let mut out = String::from("guest:\n");

@@ -264,6 +264,9 @@ impl Translator<'_> {
         if self.mode.has(Mode::WINDOW) && self.emit_window_access(&acc, pre, &op, site) {
             return;
         }
+        if self.maps_kernel(self.cur_rip) && self.emit_kernel_access(&acc, pre, &op, site) {
+            return;
+        }
         let (slow, done) = (self.asm.label(), self.asm.label());
         self.emit_ea(&acc.ea, true);
         self.emit_pending(pre, acc.ea.bits);
@@ -297,6 +300,7 @@ impl Translator<'_> {
             retry: self.asm.pos(),
             slow: 0,
             window: false,
+            kernel: false,
             size: 0,
             read: false,
             write: false,
@@ -307,6 +311,12 @@ impl Translator<'_> {
             align: 0,
             seg: 3,
         }
+    }
+
+    /// Records a run of pushes or pops, or a string instruction, through kernel mappings; gives its number.
+    pub(super) fn note_kernel_site(&mut self, read: bool) -> u32 {
+        self.tables.sites.push(Site { kernel: true, read, ..self.plain_site() });
+        self.tables.sites.len() as u32 - 1
     }
 
     /// Records a string instruction that runs in a window; gives its number.

@@ -11,6 +11,7 @@ mod copy;
 pub(crate) mod door;
 #[cfg(test)]
 mod golden;
+mod kernel;
 mod known;
 mod memory;
 mod peek;
@@ -24,6 +25,7 @@ mod window;
 use crate::asm::{Asm, Base, H, Label, M};
 use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, NO_EXIT, Tables};
 use crate::cache::Placed;
+use crate::engine::WordMap;
 use crate::regs::{Home, Width, home};
 use crate::state::{Thunk, off};
 use classify::{Class, Unit, classify, unit_of};
@@ -89,8 +91,10 @@ pub(crate) struct Translator<'a> {
     mixed: bool,
     /// What window blocks know about registers.
     known: known::Known,
-    /// The access through a window that is being emitted.
+    /// The access through a window or a kernel mapping that is being emitted.
     window_site: Option<u32>,
+    /// Instructions that do not use kernel mappings.
+    kept: &'a WordMap<u64, ()>,
     /// The instruction has accessed memory already: it must not be left for another version of itself.
     accessed: bool,
     /// What is known about the stack pointer, in blocks of [`Mode::STACKED`].
@@ -163,7 +167,7 @@ impl<'a> Translator<'a> {
         mode: Mode,
         block: BlockId,
         (start_rip, bytes): (u64, &'a [u8]),
-        hint: window::Hint<'_>,
+        hint: window::Hint<'a>,
     ) -> Self {
         asm.clear();
         Self {
@@ -180,6 +184,7 @@ impl<'a> Translator<'a> {
             cur_next: start_rip,
             known: known::Known::at_entry(hint, mode.has(Mode::STACKED)),
             window_site: None,
+            kept: hint.kept,
             accessed: false,
             stack: stack::Stack::default(),
             slow: Vec::new(),

@@ -31,14 +31,10 @@ impl Translator<'_> {
     /// Jumps to `slow` unless the jump cache of `mode`'s view holds blocks of `mode`. Clobbers flags and RCX.
     fn require_cache(&mut self, mode: Mode, slow: Label) {
         let at = M::gs(off::JC_MODE + 4 * mode.view() as i32);
-        if !mode.has(Mode::USER) {
-            self.asm.cmp32_mem_imm_flags(at, mode.0 as i32);
-            self.asm.jcc(cc::NE, slow);
-            return;
-        }
-        // User code comes in several forms; which one is wanted is in the word.
+        // Code comes in several forms; which one is wanted is in the word.
+        let forms = if mode.has(Mode::USER) { Mode::WINDOW | Mode::STACKED } else { Mode::MAPPED };
         self.asm.load32(H::RCX, at);
-        self.asm.and32_flags(H::RCX, !((Mode::WINDOW | Mode::STACKED) as i32));
+        self.asm.and32_flags(H::RCX, !(forms as i32));
         self.asm.cmp32_imm_flags(H::RCX, mode.0 as i32);
         self.asm.jcc(cc::NE, slow);
     }
@@ -101,7 +97,8 @@ impl Translator<'_> {
         self.load_segment(2, fast(offset_of!(FastSegments, syscall_ss)));
         let a = &mut self.asm;
         a.store_imm8(M::gs(off::CPL), 0);
-        a.store_imm32(M::gs(off::MODE), to.0 as i32);
+        a.load32(H::RCX, M::gs(off::JC_MODE + 4 * to.view() as i32));
+        a.store32(M::gs(off::MODE), H::RCX);
         a.load(H::RCX, M::gs(off::TMP + 24));
         self.load_flags();
         self.switch_side(Side::Kernel);

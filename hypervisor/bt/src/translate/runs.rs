@@ -4,6 +4,8 @@
 //! the operands follow each other at the address that one lookup gave. Otherwise the instructions are carried out one by one behind
 //! the block, so that a fault finds exactly those done that come before it.
 //!
+//! Kernel mappings need no such condition (see `kernel.rs`).
+//!
 //! In window blocks that take the stack pointer to be in the high window ([`Mode::STACKED`]) there is no lookup. If one of a run's accesses
 //! faults, the run starts over one by one: what was stored is stored again, what was loaded is loaded again.
 
@@ -22,7 +24,7 @@ pub(crate) struct SlowRun {
     slow: Label,
     done: Label,
     code: Vec<Instruction>,
-    /// The accesses through a window that lead here when they fault.
+    /// The accesses through a window or a kernel mapping that lead here when they fault.
     site: Option<u32>,
 }
 
@@ -56,6 +58,13 @@ impl Translator<'_> {
             self.asm.lea(H::GUEST_RSP, M::base(H::GUEST_RSP, if push { -bytes } else { bytes }));
             self.asm.bind(done);
             self.slow_runs.push(SlowRun { slow, done, code: code.to_vec(), site: Some(site) });
+            return;
+        }
+        if code.iter().all(|i| self.maps_kernel(i.ip())) {
+            self.cur_rip = code[0].ip();
+            let site = Some(self.emit_kernel_run(code));
+            self.asm.bind(done);
+            self.slow_runs.push(SlowRun { slow, done, code: code.to_vec(), site });
             return;
         }
         self.asm.lea(H::RCX, M::base(H::GUEST_RSP, if push { -bytes } else { 0 }));

@@ -37,6 +37,7 @@ impl Translator<'_> {
         match (rep, reads, writes) {
             (false, _, _) => self.string_once(reads, writes, size, flags_live),
             (true, _, true) if self.mode.has(Mode::WINDOW) => self.string_rep_window(i, reads, size, flags_live),
+            (true, _, true) if self.maps_kernel(self.cur_rip) => self.string_rep_kernel(i, reads, size),
             (true, _, true) => self.string_rep(i, reads, size, flags_live),
             _ => self.callout(i, Action::Emulate),
         }
@@ -181,11 +182,48 @@ impl Translator<'_> {
         self.slow_strings.push(SlowString { site, slow, slow_flags, end, instr: *i, flags_live });
     }
 
+    /// REP MOVS and REP STOS by way of kernel mappings: the host's own instruction on the host's addresses. It goes through memory step by step, so
+    /// it faults before it can leave what is mapped. Slots 2 and 3 hold the distances, by which the signal handler turns the registers back.
+    fn string_rep_kernel(&mut self, i: &Instruction, movs: bool, size: u8) {
+        let (slow, short, end) = (self.asm.label(), self.asm.label(), self.asm.label());
+        // No interrupt comes in between, so it must not take long.
+        self.asm.pext(H::RCX, H::GUEST_RCX, M::gs(off::PAGE_MASK));
+        self.asm.jrcxz(short);
+        self.asm.jmp(slow);
+        self.asm.bind(short);
+        let operands = [(Some(H::RDI), off::TMP + 16), (movs.then_some(H::RSI), off::TMP + 24)];
+        for (r, slot) in operands {
+            if let Some(r) = r {
+                self.emit_kernel_distance(r);
+                self.asm.store(M::gs(slot), H::RCX);
+                self.asm.lea(r, M::base_index(r, H::RCX));
+            }
+        }
+        self.asm.mov(H::RCX, H::GUEST_RCX);
+        let at = self.asm.pos();
+        self.asm.rep_string(movs, size);
+        let site = self.note_kernel_site(movs);
+        self.fault_site(at, FaultKind::String { site });
+        for (r, slot) in operands {
+            if let Some(r) = r {
+                let a = &mut self.asm;
+                a.load(H::RCX, M::gs(slot));
+                a.not(H::RCX);
+                a.lea(r, M { disp: 1, ..M::base_index(r, H::RCX) });
+            }
+        }
+        self.asm.mov_imm(H::GUEST_RCX, 0);
+        self.asm.bind(end);
+        self.slow_strings.push(SlowString { site, slow, slow_flags: slow, end, instr: *i, flags_live: false });
+    }
+
     /// Behind the block: what the windows do not hold is done by Rust.
     pub(crate) fn emit_slow_strings(&mut self) {
         for s in std::mem::take(&mut self.slow_strings) {
             self.cur_rip = s.instr.ip();
-            self.asm.bind(s.slow_flags);
+            if s.slow_flags != s.slow {
+                self.asm.bind(s.slow_flags);
+            }
             if s.flags_live {
                 self.asm.load(H::RCX, M::gs(off::TMP + 8));
                 self.asm.push(H::RCX);

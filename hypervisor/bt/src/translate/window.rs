@@ -12,6 +12,7 @@ use super::memory::{Access, Ea, Loc, MemOp, Slow};
 use super::{Pending, Translator};
 use crate::asm::{Asm, Base, H, Label, M, cc};
 use crate::block::{FaultKind, Mode};
+use crate::engine::WordMap;
 use crate::regs::{Home, home};
 use crate::state::off;
 use crate::window::{HIGH_SHIFT, High, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT};
@@ -86,6 +87,8 @@ pub(crate) struct Hint<'a> {
     pub(crate) low: bool,
     /// The vCPU's high window.
     pub(crate) high: High,
+    /// Kernel instructions that are to use the soft TLB.
+    pub(crate) kept: &'a WordMap<u64, ()>,
 }
 
 impl Translator<'_> {

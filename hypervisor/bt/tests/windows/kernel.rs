@@ -6,16 +6,29 @@ use super::*;
 use paravane_cpu::{Seg, Segment};
 
 /// Where kernel code is, and a second page behind it.
-const CODE: u64 = KERNEL + 0x40_0000_0000;
-const CODE_AT: u64 = 0x42_0000;
+pub(crate) const CODE: u64 = KERNEL + 0x40_0000_0000;
+pub(crate) const CODE_AT: u64 = 0x42_0000;
 const OTHER_AT: u64 = 0x43_0000;
-/// The stack pointer: a fault in ring 0 leaves its frame where one in ring 3 does.
+/// The stack pointer, also of faults: they leave their frames where faults of user code do.
 const TOP: u64 = KERNEL + KERNEL_STACK;
 /// Present, writable, accessed, dirty, global; not for user code.
-const KERNEL_PAGE: u64 = 0x163;
+pub(crate) const KERNEL_PAGE: u64 = 0x163;
 
 fn guest(code: &[u8], other: &[u8]) -> Guest {
-    let mut g = Guest::new(Windows::Auto, LOW, &[0xf4]);
+    prepare(Guest::new(Windows::Auto, LOW, &[0xf4]), code, other)
+}
+
+/// A guest with kernel code, beside others: whoever makes it has the turn.
+pub(crate) fn guest_with(policy: Windows, code: &[u8]) -> Guest {
+    prepare(Guest::beside(policy, LOW, &[0xf4], RAM), code, &[])
+}
+
+/// Puts kernel code in two pages, and gives faults a stack of their own.
+fn prepare(mut g: Guest, code: &[u8], other: &[u8]) -> Guest {
+    g.ram.put(TSS + 36, TOP);
+    for vector in [STACK_FAULT, GENERAL_PROTECTION, PAGE_FAULT] {
+        g.ram.put(IDT + vector * 16, g.ram.get(IDT + vector * 16) | 1 << 32);
+    }
     g.map_with(CODE, CODE_AT | KERNEL_PAGE, 12);
     g.map_with(CODE + 0x1000, OTHER_AT | KERNEL_PAGE, 12);
     for (at, code) in [(CODE_AT, code), (OTHER_AT, other)] {
@@ -25,7 +38,7 @@ fn guest(code: &[u8], other: &[u8]) -> Guest {
 }
 
 /// Runs kernel code from its beginning until it halts.
-fn run(g: &mut Guest, registers: &[(Reg, u64)]) -> [u64; 16] {
+pub(crate) fn run(g: &mut Guest, registers: &[(Reg, u64)]) -> [u64; 16] {
     let st = g.prepare(CODE);
     st.seg = [Segment::flat_data(0x10, 0); 6];
     st.seg[Seg::Cs as usize] = Segment::flat_code(8, 0, true);

@@ -40,6 +40,7 @@ mod drift;
 mod guest;
 mod kernel;
 mod wild;
+mod mapped;
 
 use guest::*;
 use paravane_bt::Windows;
