@@ -628,8 +628,10 @@ fn forbidden(base: u64, secrets: &[u64]) -> Vec<u64> {
     // The low window is at a fixed distance from the vCPU's state, which is one of the mappings at multiples of 2 MiB.
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     let starts = maps.lines().filter_map(|l| u64::from_str_radix(l.split('-').next()?, 16).ok());
-    let states =
-        starts.filter(|start| start % (2 << 20) == 0).map(|state| state.wrapping_add(0x4000_0000).wrapping_neg());
+    // Kernel mappings are in a range of their own.
+    let states = starts
+        .filter(|start| start % (2 << 20) == 0 && !(0x5800_0000_0000..0x7800_0000_0000).contains(start))
+        .map(|state| state.wrapping_add(0x4000_0000).wrapping_neg());
     // The high window is at a fixed distance from the guest's addresses.
     let high = [0x2b00_0000_0000_u64, 0x2f40_0000_0000, 0x3b80_0000_0000, 0x3fc0_0000_0000];
     let distances: Vec<u64> = [0].into_iter().chain(high).chain(high.map(u64::wrapping_neg)).chain(states).collect();
