@@ -39,8 +39,8 @@ mod common;
 mod drift;
 mod guest;
 mod kernel;
-mod wild;
 mod mapped;
+mod wild;
 
 use guest::*;
 use paravane_bt::Windows;

@@ -51,8 +51,12 @@ fn both(code: &[u8], registers: &[(Reg, u64)], prepare: impl Fn(&mut Guest), che
     }
 }
 
-fn entry_of(g: &Guest, la: u64) -> u64 {
-    KERNEL + g.ram.entry(la, 12)
+/// Where kernel code finds the entry that maps an address: [`DATA_AT`], or one that has an entry already. The same in every guest.
+fn entry_of(la: u64, shift: u32) -> u64 {
+    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut g = guest_with(Windows::Off, &[0xf4]);
+    g.map_with(DATA_AT, KERNEL_PAGE, 12);
+    KERNEL + g.ram.entry(la, shift)
 }
 
 // Forms of operands: base, index, displacement, spilled registers, high bytes, RCX as CL, read-modify-write, x87, SSE, pushes and pops.
@@ -89,13 +93,9 @@ guest!(
 );
 
 fn change(code: &[u8], entry: u64, check: impl Fn(&mut Guest, Outcome)) {
-    let probe = {
-        let mut g = guest_with(Windows::Off, code);
-        g.map_with(DATA_AT, KERNEL_PAGE, 12);
-        entry_of(&g, DATA_AT)
-    };
-    let registers = [(Reg::R8, DATA_AT), (Reg::R9, probe), (Reg::R10, entry)];
-    both(code, &registers, |g| assert_eq!(entry_of(g, DATA_AT), probe), check);
+    let entry_at = entry_of(DATA_AT, 12);
+    let registers = [(Reg::R8, DATA_AT), (Reg::R9, entry_at), (Reg::R10, entry)];
+    both(code, &registers, |g| assert_eq!(KERNEL + g.ram.entry(DATA_AT, 12), entry_at), check);
 }
 
 #[test]
@@ -136,13 +136,9 @@ guest!(reloads, "mov rax, [r8]; mov [r9], r10; mov rdx, cr3; mov cr3, rdx; mov r
 #[test]
 fn a_page_that_is_not_global_does_not_outlive_cr3() {
     let code = reloads::code();
-    let probe = {
-        let mut g = guest_with(Windows::Off, code);
-        g.map_with(DATA_AT, KERNEL_PAGE, 12);
-        entry_of(&g, DATA_AT)
-    };
+    let entry_at = entry_of(DATA_AT, 12);
     let registers =
-        [(Reg::R8, DATA_AT), (Reg::R9, probe), (Reg::R10, OTHER_RAM | KERNEL_PAGE & !GLOBAL), (Reg::Rsi, FAR_AT)];
+        [(Reg::R8, DATA_AT), (Reg::R9, entry_at), (Reg::R10, OTHER_RAM | KERNEL_PAGE & !GLOBAL), (Reg::Rsi, FAR_AT)];
     both(
         code,
         &registers,
@@ -277,10 +273,7 @@ guest!(
 #[test]
 fn large_pages_go_as_a_whole() {
     let (page, other) = (KERNEL + 0x200_0000, 0x260_0000);
-    let table = {
-        let g = guest_with(Windows::Off, large::code());
-        KERNEL + g.ram.entry(page, 21)
-    };
+    let table = entry_of(page, 21);
     let registers = [
         (Reg::R8, page),
         (Reg::R9, 0x1000),
