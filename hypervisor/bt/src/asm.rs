@@ -188,7 +188,7 @@ impl Asm {
     /// from the hot part than it is here.
     pub(crate) fn resolve(&mut self, moved: i64) {
         let cold = self.cold.unwrap_or(u32::MAX);
-        for (fix, label) in std::mem::take(&mut self.fixes) {
+        for (fix, label) in self.fixes.drain(..) {
             let target = self.labels[label.0 as usize];
             assert_ne!(target, UNBOUND, "a jump in emitted code names a label that was never placed");
             let far = |at: u32| i64::from(at) + if at >= cold { moved } else { 0 };
@@ -509,6 +509,11 @@ impl Asm {
     pub(crate) fn cmp32_mem_imm_flags(&mut self, m: M, v: i32) {
         self.rm(false, &[0x81], 7, m);
         self.imm32(v);
+    }
+
+    /// Clobbers flags: `cmp r, s` (64-bit).
+    pub(crate) fn cmp_flags(&mut self, r: H, s: H) {
+        self.rr(true, &[0x3b], r.0, s);
     }
 
     /// Clobbers flags: `cmp r, m` (64-bit).

@@ -281,7 +281,13 @@ impl Translator<'_> {
                 return patch;
             }
             Subject::Register(h) if region == Region::High => return Self::emit_high_check(a, bits, h, fail),
-            Subject::Register(h) => a.mov(H::RCX, h),
+            Subject::Register(H::RCX) => {}
+            Subject::Register(h) => {
+                // One operation less than a shift: the comparison and the jump are one.
+                a.mov32(H::RCX, h);
+                a.cmp_flags(H::RCX, h);
+                return a.jump_patchable(Some(cc::NE), fail);
+            }
             Subject::Address(m) => a.lea(H::RCX, m),
         }
         match region {
