@@ -47,7 +47,7 @@ fn near(d: i64) -> bool {
 }
 
 impl Translator<'_> {
-    /// How an instruction that writes RSP changes it, unless it is an access by RSP itself. To be asked before [`super::window::Known`] is
+    /// How an instruction that writes RSP changes it, unless it is an access by RSP itself. To be asked before [`super::known::Known`] is
     /// brought up to date.
     pub(super) fn stack_change(&self, i: &Instruction) -> Option<Change> {
         let names = |n: u32| i.op_count() > n && i.op_kind(n) == OpKind::Register && i.op_register(n) == Register::RSP;
