@@ -191,7 +191,7 @@ impl StateMemory {
 
     /// As [`Self::acknowledge`], when a poll has found its page protected, whoever did that and whatever has become of the note of it.
     ///
-    /// The page must not be made readable behind the back of a kick that has just protected it: further kicks would rely on that one. So the
+    /// The page must not be made writable behind the back of a kick that has just protected it: further kicks would rely on that one. So the
     /// note is made first, which keeps them from protecting, and is taken back last.
     pub(crate) fn polled(&self) {
         self.atomics().2.store(1, SeqCst);
