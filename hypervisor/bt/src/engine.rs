@@ -276,7 +276,7 @@ impl Engine {
         let (mailbox, slots) = dma::Mailbox::new(memory.clone(), &mem)?;
         let ram = Ram::new(mem, &slots);
         let window = Window::new(&memory, &ram, cfg.windows, cfg.cpus);
-        let kernel = Kernel::new(cfg.cpus <= 1 && ram.has_files(), cfg.windows, &raw mut st.kernel_table);
+        let kernel = Kernel::new(ram.has_files(), cfg.windows, &raw mut st.kernel_table);
         (st.high_mask, st.low_mask) = (window.high().mask, crate::window::LOW_MASK);
         st.high_back = window.high().distance;
         st.low_offset = state as u64 + crate::window::LOW_DISTANCE as u64;

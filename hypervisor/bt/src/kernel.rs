@@ -43,8 +43,10 @@ const _: () = assert!(LEN <= 0x800_0000_0000 && PLACES[3] + LEN < 0x7800_0000_00
 
 const PAGE: u64 = 4096;
 const UNIT: u64 = 2 << 20;
-/// Mappings made between two clearings, and pages and units there may be.
-const MAX_MAPS: u32 = 16_000;
+/// Pages of a unit that are made writable together among several vCPUs.
+const AROUND: u64 = 16;
+/// Mappings made between two clearings, of the only vCPU and of one of several; and pages and units there may be.
+const MAX_MAPS: [u32; 2] = [16_000, 4_000];
 const MAX_ENTRIES: usize = 1 << 15;
 /// Instructions kept from kernel mappings at most.
 const MAX_KEPT: usize = 1 << 16;
@@ -198,13 +200,13 @@ impl Kernel {
         r != libc::MAP_FAILED
     }
 
-    /// Lets a page that is mapped be written, or not. False when the host refuses.
-    fn allow_writes(&mut self, la: u64, allow: bool) -> bool {
+    /// Lets pages that are mapped be written, or not. False when the host refuses.
+    fn allow_writes(&mut self, la: u64, len: u64, allow: bool) -> bool {
         let Some(at) = self.host(la & !(PAGE - 1)) else { return false };
         self.maps += 1;
         let prot = libc::PROT_READ | if allow { libc::PROT_WRITE } else { 0 };
-        // SAFETY: a page in a slot, see `call`.
-        unsafe { libc::mprotect(at as *mut libc::c_void, PAGE as usize, prot) == 0 }
+        // SAFETY: pages in a slot, see `call`.
+        unsafe { libc::mprotect(at as *mut libc::c_void, len as usize, prot) == 0 }
     }
 
     /// Unmaps everything.
@@ -308,7 +310,7 @@ impl Kernel {
         for at in pages {
             if let Some(m) = self.pages.get_mut(&at)
                 && std::mem::take(&mut m.writable)
-                && !self.allow_writes(at * PAGE, false)
+                && !self.allow_writes(at * PAGE, PAGE, false)
             {
                 return self.clear();
             }
@@ -318,7 +320,7 @@ impl Kernel {
             let page = at * UNIT / PAGE + (gpa % UNIT) / PAGE;
             if self.units.get(&at).is_some_and(|m| m.writable)
                 && self.shut.insert(page, ()).is_none()
-                && !self.allow_writes(page * PAGE, false)
+                && !self.allow_writes(page * PAGE, PAGE, false)
             {
                 return self.clear();
             }
@@ -473,7 +475,9 @@ impl Engine {
         if write && !leaf.writable {
             return false;
         }
-        if self.kernel.maps > MAX_MAPS || self.kernel.pages.len() + self.kernel.units.len() > MAX_ENTRIES {
+        if self.kernel.maps > MAX_MAPS[usize::from(self.ram.several())]
+            || self.kernel.pages.len() + self.kernel.units.len() > MAX_ENTRIES
+        {
             self.kernel.clear();
         }
         if leaf.shift == 12 { self.map_kernel_small(la, leaf, write) } else { self.map_kernel_unit(la, leaf, write) }
@@ -510,12 +514,7 @@ impl Engine {
         let gpa = leaf.gpa & !(UNIT - 1);
         if let Some(&m) = self.kernel.units.get(&(la / UNIT)) {
             if m.gpa == gpa && m.writable && write && self.kernel.shut.contains_key(&(la / PAGE)) {
-                // The code that was made from this page may be gone.
-                if !self.ram.claim(leaf.gpa) || !self.kernel.allow_writes(la, true) {
-                    return false;
-                }
-                self.kernel.shut.remove(&(la / PAGE));
-                return true;
+                return self.open_pages(la, leaf.gpa);
             }
             if m.gpa == gpa && m.writable == leaf.writable {
                 return false;
@@ -528,7 +527,9 @@ impl Engine {
         for n in 0..UNIT / PAGE {
             self.kernel.drop_page(first + n * PAGE);
         }
-        if !self.kernel.call(first, UNIT, self.ram.file(gpa), leaf.writable) {
+        // Among several vCPUs a page is claimed when it is first written: whoever makes code from a page asks those who claim it.
+        let several = self.ram.several();
+        if !self.kernel.call(first, UNIT, self.ram.file(gpa), leaf.writable && !several) {
             return false;
         }
         self.stats.kernel_maps += 1;
@@ -536,14 +537,36 @@ impl Engine {
         k.units.insert(la / UNIT, Mapped { gpa, writable: leaf.writable, shift: leaf.shift });
         k.units_of.entry(gpa / UNIT).or_default().push(la / UNIT);
         for n in 0..UNIT / PAGE {
-            if leaf.writable && !self.ram.claim(gpa + n * PAGE) {
+            if leaf.writable && (several || !self.ram.claim(gpa + n * PAGE)) {
                 self.kernel.shut.insert(first / PAGE + n, ());
-                if !self.kernel.allow_writes(first + n * PAGE, false) {
+                if !several && !self.kernel.allow_writes(first + n * PAGE, PAGE, false) {
                     self.kernel.clear();
                     return false;
                 }
             }
         }
-        !write || !self.kernel.shut.contains_key(&(la / PAGE))
+        !write || !self.kernel.shut.contains_key(&(la / PAGE)) || self.open_pages(la, leaf.gpa)
+    }
+
+    /// Lets the page of `la` be written, which is shut in its unit, unless code was made from it; among several vCPUs its neighbours too.
+    fn open_pages(&mut self, la: u64, gpa: u64) -> bool {
+        let count = if self.ram.several() { AROUND } else { 1 };
+        let back = (la / PAGE) % count;
+        let (mut run, mut good) = (0, true);
+        for n in 0..=count {
+            let page = la / PAGE - back + n;
+            let at = gpa - back * PAGE + n * PAGE;
+            if n < count && self.kernel.shut.contains_key(&page) && self.ram.claim(at) {
+                self.kernel.shut.remove(&page);
+                run += 1;
+            } else if run > 0 {
+                good &= self.kernel.allow_writes((page - run) * PAGE, run * PAGE, true);
+                run = 0;
+            }
+        }
+        if !good {
+            self.kernel.clear();
+        }
+        good && !self.kernel.shut.contains_key(&(la / PAGE))
     }
 }
