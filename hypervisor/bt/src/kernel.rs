@@ -23,6 +23,7 @@
 use crate::block::{BlockId, Mode, Site};
 use crate::engine::{Engine, WordMap};
 use crate::vcpu::Windows;
+use crate::window::{ADDRESS, UNMAPPED, reserve_at};
 use paravane_cpu::state::{cr4, efer};
 use paravane_cpu::{Env, TlbFlush};
 
@@ -54,8 +55,6 @@ const MAX_KEPT: usize = 1 << 16;
 const PATIENCE: u8 = 2;
 /// Timer interrupts that must find kernel code running.
 const NEED: u32 = 8;
-
-const NONE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 /// Something mapped: a page or a unit.
 #[derive(Clone, Copy)]
@@ -105,18 +104,7 @@ pub(crate) struct Kernel {
 }
 
 fn reserve() -> Option<u64> {
-    PLACES.into_iter().find(|&place| {
-        let flags = NONE | libc::MAP_FIXED_NOREPLACE;
-        // SAFETY: a fresh reservation that replaces nothing; given back if it is not where it was asked for.
-        unsafe {
-            let at = libc::mmap(place as *mut libc::c_void, LEN as usize, libc::PROT_NONE, flags, -1, 0);
-            if at != libc::MAP_FAILED && at as u64 != place {
-                libc::munmap(at, LEN as usize);
-                return false;
-            }
-            at != libc::MAP_FAILED
-        }
-    })
+    PLACES.into_iter().find(|&place| reserve_at(place, LEN as usize))
 }
 
 /// The canonical address of a TiB of the guest.
@@ -192,7 +180,7 @@ impl Kernel {
                 let populate = if len == PAGE { libc::MAP_POPULATE } else { 0 };
                 (libc::PROT_READ | write, libc::MAP_SHARED | populate, fd, offset as libc::off_t)
             }
-            None => (libc::PROT_NONE, NONE, -1, 0),
+            None => (libc::PROT_NONE, UNMAPPED, -1, 0),
         };
         // SAFETY: within a slot of our reservation, which only emitted code refers to: `host` gave the start, and callers stay within the page or
         // the 2 MiB there.
@@ -220,7 +208,7 @@ impl Kernel {
         let Some(place) = self.place else { return };
         // SAFETY: all of our own reservation.
         let r = unsafe {
-            let flags = NONE | libc::MAP_FIXED;
+            let flags = UNMAPPED | libc::MAP_FIXED;
             libc::mmap(place as *mut libc::c_void, LEN as usize, libc::PROT_NONE, flags, -1, 0)
         };
         if r == libc::MAP_FAILED {
@@ -395,15 +383,7 @@ impl Engine {
 
     /// What the current page tables let the kernel do with a page that it has used before, if the page is global. Changes nothing.
     fn kernel_leaf(&mut self, la: u64) -> Option<Leaf> {
-        const P: u64 = 1;
-        const W: u64 = 2;
-        const US: u64 = 4;
-        const A: u64 = 0x20;
-        const D: u64 = 0x40;
-        const PS: u64 = 0x80;
-        const G: u64 = 0x100;
-        const NX: u64 = 1 << 63;
-        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        use paravane_cpu::mmu::pte::{A, D, G, NX, P, PS, RW, US};
         let st = self.cpu();
         if st.efer & efer::LMA == 0 || st.cr4 & cr4::PGE == 0 {
             return None;
@@ -414,7 +394,7 @@ impl Engine {
             if e & (P | A) != P | A || (e & NX != 0 && st.efer & efer::NXE == 0) {
                 return None;
             }
-            writable &= e & W != 0;
+            writable &= e & RW != 0;
             user &= e & US != 0;
             if shift == 12 || e & PS != 0 {
                 if shift == 39 || user || e & G == 0 {

@@ -26,6 +26,7 @@ use crate::block::{Block, Mode};
 use crate::engine::Engine;
 use crate::state::BtState;
 use crate::thunks;
+use crate::window::ADDRESS;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic};
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -39,8 +40,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize};
 const PERIOD: i64 = 997_000;
 /// Samples the ring holds. A vCPU looks at it several times a second at worst, whenever the guest's timer ticks.
 const RING: usize = 1 << 15;
-/// Bits of CR3 that are an address.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// No emitted thunk is longer, in bytes.
 const LONGEST_THUNK: u64 = 2048;
 

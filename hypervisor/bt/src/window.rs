@@ -38,7 +38,7 @@ use crate::engine::{Engine, Ram, WordMap};
 use crate::state::{BtState, NO_MODE, Side};
 use crate::vcpu::{StateMemory, Windows};
 use high::Held;
-pub(crate) use high::{HIGH_SHIFT, High};
+pub(crate) use high::{HIGH_SHIFT, High, reserve_at};
 use paravane_cpu::state::{cr4, efer};
 use paravane_cpu::{CpuState, Env, Reg, TlbFlush};
 use std::sync::Arc;
@@ -71,7 +71,7 @@ const _: () = assert!(65 * STACK_STEP as u64 <= STACK_DRIFT);
 const REACH: u64 = STACK_DRIFT + 65 * (1 << 31);
 
 /// How addresses are kept that nothing is mapped at.
-const UNMAPPED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+pub(crate) const UNMAPPED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 const PAGE: u64 = 4096;
 
 mod high;
@@ -94,7 +94,7 @@ const SAMPLE: Duration = Duration::from_millis(2);
 const FIRST_NEED: u32 = 3;
 const LAST_NEED: u32 = 48;
 /// Physical address bits of CR3 and of page-table entries.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// A page in a window.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -676,13 +676,7 @@ impl Engine {
     /// What the current page tables let user code do with a page it has used before. Changes nothing. `cached` is the last
     /// page table, with the address bits it serves.
     fn leaf(&mut self, la: u64, cached: &mut Option<Table>) -> Option<Leaf> {
-        const P: u64 = 1;
-        const W: u64 = 2;
-        const US: u64 = 4;
-        const A: u64 = 0x20;
-        const D: u64 = 0x40;
-        const PS: u64 = 0x80;
-        const NX: u64 = 1 << 63;
+        use paravane_cpu::mmu::pte::{A, D, NX, P, PS, RW, US};
         let st = self.cpu();
         if st.efer & efer::LMA == 0 {
             return None;
@@ -698,7 +692,7 @@ impl Engine {
                     if e & (P | US | A) != P | US | A || reserved(e) {
                         return None;
                     }
-                    t.writable &= e & W != 0;
+                    t.writable &= e & RW != 0;
                     t.executable &= !nx(e);
                     if e & PS != 0 {
                         let gpa = (e & ADDRESS & !0x1f_ffff) | (la & 0x1f_f000);
@@ -717,7 +711,7 @@ impl Engine {
         }
         Some(Leaf {
             gpa: e & ADDRESS,
-            writable: table.writable && e & (W | D) == W | D,
+            writable: table.writable && e & (RW | D) == RW | D,
             executable: table.executable && !nx(e),
             large: false,
         })

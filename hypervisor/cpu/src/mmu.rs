@@ -31,15 +31,16 @@ pub mod pf {
 }
 
 /// Bits of a paging-structure entry (SDM vol. 3, section 4.5).
-mod pte {
-    pub(super) const P: u64 = 1;
-    pub(super) const RW: u64 = 1 << 1;
-    pub(super) const US: u64 = 1 << 2;
-    pub(super) const A: u64 = 1 << 5;
-    pub(super) const D: u64 = 1 << 6;
-    pub(super) const PS: u64 = 1 << 7;
-    pub(super) const G: u64 = 1 << 8;
-    pub(super) const NX: u64 = 1 << 63;
+#[allow(missing_docs)]
+pub mod pte {
+    pub const P: u64 = 1;
+    pub const RW: u64 = 1 << 1;
+    pub const US: u64 = 1 << 2;
+    pub const A: u64 = 1 << 5;
+    pub const D: u64 = 1 << 6;
+    pub const PS: u64 = 1 << 7;
+    pub const G: u64 = 1 << 8;
+    pub const NX: u64 = 1 << 63;
     /// Address bits of an 8-byte entry.
     pub(super) const ADDR: u64 = ((1 << super::PHYS_BITS) - 1) & !0xfff;
     /// Bits 51..MAXPHYADDR, reserved in every 8-byte entry.

@@ -176,16 +176,21 @@ const LEN: usize = (RESERVED.end - RESERVED.start) as usize;
 
 /// Reserves the addresses of high windows; false when anything is there already.
 fn reserve() -> bool {
+    reserve_at(RESERVED.start, LEN)
+}
+
+/// Reserves host addresses, at which nothing is mapped then; false when anything is there already.
+pub(crate) fn reserve_at(start: u64, len: usize) -> bool {
     let flags = UNMAPPED | libc::MAP_FIXED_NOREPLACE;
     // SAFETY: a fresh reservation that replaces nothing.
-    let at = unsafe { libc::mmap(RESERVED.start as *mut libc::c_void, LEN, libc::PROT_NONE, flags, -1, 0) };
+    let at = unsafe { libc::mmap(start as *mut libc::c_void, len, libc::PROT_NONE, flags, -1, 0) };
     if at == libc::MAP_FAILED {
         return false;
     }
-    if at as u64 != RESERVED.start {
+    if at as u64 != start {
         // Kernels before 4.17 take the address as a hint.
         // SAFETY: what was just mapped.
-        unsafe { libc::munmap(at, LEN) };
+        unsafe { libc::munmap(at, len) };
         return false;
     }
     true
