@@ -222,7 +222,7 @@ ffffffff81003000 W weak_one
 
     #[test]
     fn shares_add_up_and_names_follow_the_slide() {
-        let (kernel, user) = (Cause::Code { user: false, cold: false }, Cause::Code { user: true, cold: false });
+        let [kernel, user] = [false, true].map(|user| Cause::Code { user, cold: false, mapped: false });
         let slide = 0x20_0000;
         let profile = Profile {
             entries: vec![
@@ -258,7 +258,7 @@ ffffffff81003000 W weak_one
 
     #[test]
     fn long_lists_are_cut_and_nothing_is_no_division_by_zero() {
-        let code = Cause::Code { user: false, cold: true };
+        let code = Cause::Code { user: false, cold: true, mapped: false };
         let entries = (0..40).map(|n| entry(code, n << 12, None, 40 - n)).collect();
         let text = report(&Profile { entries, ..Profile::default() }, None);
         assert!(text.contains("kernel page 0x1d000\n") && !text.contains("kernel page 0x1e000"), "{text}");

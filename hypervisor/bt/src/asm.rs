@@ -413,8 +413,17 @@ impl Asm {
 
     /// `sarx d, s, count` (64-bit).
     pub(crate) fn sarx(&mut self, d: H, s: H, count: H) {
+        self.shift_x(2, d, s, count);
+    }
+
+    /// `shrx d, s, count` (64-bit).
+    pub(crate) fn shrx(&mut self, d: H, s: H, count: H) {
+        self.shift_x(3, d, s, count);
+    }
+
+    fn shift_x(&mut self, pp: u8, d: H, s: H, count: H) {
         let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 2;
-        let b2 = 0x80 | ((!count.0 & 15) << 3) | 2;
+        let b2 = 0x80 | ((!count.0 & 15) << 3) | pp;
         self.b(&[0xc4, b1, b2, 0xf7, 0xc0 | (d.low() << 3) | s.low()]);
     }
 

@@ -4,6 +4,7 @@
 use crate::block::{Action, Mode, NO_CALLOUT};
 use crate::dispatch::EXIT_RESYNC;
 use crate::engine::Engine;
+use crate::kernel::STRING_SHIFT;
 use crate::profile::Cause;
 use crate::softmmu::Resolved;
 use crate::vcpu::Emulating;
@@ -268,7 +269,7 @@ impl Engine {
         let st = self.cpu();
         let (rsi, rdi, count) = (st.gpr[Reg::Rsi as usize], st.gpr[Reg::Rdi as usize], st.gpr[Reg::Rcx as usize]);
         // Long ones come to Rust in any case.
-        count >> 12 == 0 && self.map_string_for_kernel(movs.then_some(rsi), rdi, i.ip(), block)
+        count >> STRING_SHIFT == 0 && self.map_string_for_kernel(movs.then_some(rsi), rdi, i.ip(), block)
     }
 }
 

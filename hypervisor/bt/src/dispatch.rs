@@ -195,7 +195,7 @@ impl Engine {
             fault::POLL => {
                 self.stats.polls += 1;
                 self.polled = Some(Instant::now());
-                self.memory.polled();
+                self.memory.acknowledge();
                 return;
             }
             0 => Exception::DivideError,

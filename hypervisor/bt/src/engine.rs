@@ -399,7 +399,7 @@ impl Engine {
     pub(crate) fn in_frame_guard(&self, address: u64) -> Option<Side> {
         [Side::User, Side::Kernel].into_iter().find(|&side| {
             let guard = &raw const self.shared().frames[side as usize].guard as u64;
-            address.wrapping_sub(guard) < size_of::<crate::state::PollPage>() as u64
+            address.wrapping_sub(guard) < size_of::<crate::state::GuardPage>() as u64
         })
     }
 

@@ -18,7 +18,7 @@ thread_local! {
     static CURRENT: Cell<*mut Engine> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// Value of `fault_vector` for a poll that found its page protected.
+/// Value of `fault_vector` for a poll that led nowhere.
 pub(crate) const POLL: u32 = 0x100;
 
 const SIGNALS: [i32; 4] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL];

@@ -51,8 +51,11 @@ const MAX_MAPS: [u32; 2] = [16_000, 4_000];
 const MAX_ENTRIES: usize = 1 << 15;
 /// Instructions kept from kernel mappings at most.
 const MAX_KEPT: usize = 1 << 16;
-/// Misses that cannot be helped, of one instruction, until it is kept from them.
-const PATIENCE: u8 = 2;
+/// How much of what cannot be helped is put up with from one instruction, until it is kept from them: see [`Missing::weight`].
+const PATIENCE: u8 = 16;
+/// A string instruction with this many elements, as a power of two, or more goes to Rust: no interrupt comes in between, so it must not take
+/// long. A page is cleared or copied as a whole, by bytes too.
+pub(crate) const STRING_SHIFT: u8 = 13;
 /// Timer interrupts that must find kernel code running.
 const NEED: u32 = 8;
 
@@ -73,6 +76,28 @@ struct Leaf {
     gpa: u64,
     writable: bool,
     shift: u32,
+}
+
+/// What became of an access that missed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missing {
+    /// It finds its page mapped now.
+    Mapped,
+    /// It stores to a page that code was made from. The code goes, so the next one may find it mapped.
+    Code,
+    /// Kernel mappings are not for this page.
+    Never,
+}
+
+impl Missing {
+    /// What it counts towards [`PATIENCE`].
+    fn weight(self) -> u8 {
+        match self {
+            Self::Mapped => 0,
+            Self::Code => 1,
+            Self::Never => PATIENCE / 2,
+        }
+    }
 }
 
 /// One vCPU's kernel mappings.
@@ -412,11 +437,11 @@ impl Engine {
     /// An access of kernel code missed the page of `la`, which was just walked for it. Maps it; false when that changes nothing.
     pub(crate) fn map_for_kernel(&mut self, la: u64, write: bool, s: &Site) -> bool {
         self.stats.kernel_misses += 1;
-        let done = self.map_kernel_page(la, write);
-        if !done {
-            self.keep_from_kernel(self.site_rip(s), s.block);
+        let found = self.map_kernel_page(la, write);
+        if found != Missing::Mapped {
+            self.keep_from_kernel(self.site_rip(s), s.block, found.weight());
         }
-        done
+        found == Missing::Mapped
     }
 
     /// Maps what a string instruction at `rip` is at; false when that changes nothing. If that goes on, it is kept from kernel mappings.
@@ -425,42 +450,53 @@ impl Engine {
             return false;
         }
         self.stats.kernel_misses += 1;
-        let read = from.is_some_and(|la| self.map_kernel_page(la, false));
-        let done = self.map_kernel_page(to, true) || read;
-        if !done {
-            self.keep_from_kernel(rip, block);
+        let read = from.map(|la| self.map_kernel_page(la, false));
+        let written = self.map_kernel_page(to, true);
+        let done = written == Missing::Mapped || read == Some(Missing::Mapped);
+        // Who clears or copies pages comes across pages that code was in; the next one is another.
+        if !done && written != Missing::Code {
+            self.keep_from_kernel(rip, block, written.weight());
         }
         done
     }
 
-    /// An instruction whose operand cannot be mapped: if that happens again, it is translated with the soft TLB.
-    fn keep_from_kernel(&mut self, rip: u64, block: BlockId) {
+    /// An instruction whose operand cannot be mapped: if that goes on, it is translated with the soft TLB.
+    fn keep_from_kernel(&mut self, rip: u64, block: BlockId, weight: u8) {
         let k = &mut self.kernel;
         if k.misses.len() >= MAX_KEPT {
             k.misses.clear();
         }
         let n = k.misses.entry(rip).or_insert(0);
-        *n = n.saturating_add(1);
+        *n = n.saturating_add(weight);
         if *n >= PATIENCE && k.kept.len() < MAX_KEPT {
             k.kept.insert(rip, ());
             self.kill_block(block);
         }
     }
 
-    fn map_kernel_page(&mut self, la: u64, write: bool) -> bool {
+    fn map_kernel_page(&mut self, la: u64, write: bool) -> Missing {
         if self.kernel.stale || !self.kernel.give_slot(la) {
-            return false;
+            return Missing::Never;
         }
-        let Some(leaf) = self.kernel_leaf(la) else { return false };
+        let Some(leaf) = self.kernel_leaf(la) else { return Missing::Never };
         if write && !leaf.writable {
-            return false;
+            return Missing::Never;
         }
         if self.kernel.maps > MAX_MAPS[usize::from(self.ram.several())]
             || self.kernel.pages.len() + self.kernel.units.len() > MAX_ENTRIES
         {
             self.kernel.clear();
         }
-        if leaf.shift == 12 { self.map_kernel_small(la, leaf, write) } else { self.map_kernel_unit(la, leaf, write) }
+        let done = if leaf.shift == 12 {
+            self.map_kernel_small(la, leaf, write)
+        } else {
+            self.map_kernel_unit(la, leaf, write)
+        };
+        match done {
+            true => Missing::Mapped,
+            false if write && self.ram.host(leaf.gpa, PAGE).is_some() && !self.ram.claim(leaf.gpa) => Missing::Code,
+            false => Missing::Never,
+        }
     }
 
     fn map_kernel_small(&mut self, la: u64, leaf: Leaf, write: bool) -> bool {

@@ -52,6 +52,8 @@ pub enum Cause {
         user: bool,
         /// In the part of the block that is rarely run: slow paths and exits.
         cold: bool,
+        /// Memory is reached through host mappings, windows or the kernel's, not through the soft TLB.
+        mapped: bool,
     },
     /// Jumps between blocks that belong to no block.
     Links,
@@ -85,7 +87,7 @@ impl Cause {
     /// As one word, for the meter.
     const fn word(self) -> u32 {
         let (kind, more) = match self {
-            Self::Code { user, cold } => (0, user as u32 | (cold as u32) << 1),
+            Self::Code { user, cold, mapped } => (0, user as u32 | (cold as u32) << 1 | (mapped as u32) << 2),
             Self::Links => (1, 0),
             Self::Dispatch => (2, 0),
             Self::TlbMiss => (3, 0),
@@ -107,7 +109,7 @@ impl Cause {
     const fn from_word(word: u32) -> Self {
         let more = word >> 8;
         match word & 0xff {
-            0 => Self::Code { user: more & 1 != 0, cold: more & 2 != 0 },
+            0 => Self::Code { user: more & 1 != 0, cold: more & 2 != 0, mapped: more & 4 != 0 },
             1 => Self::Links,
             3 => Self::TlbMiss,
             4 => Self::Bounce,
@@ -133,10 +135,12 @@ impl Cause {
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Code { user: false, cold: false } => "translated code, kernel",
-            Self::Code { user: false, cold: true } => "translated code, kernel, slow paths",
-            Self::Code { user: true, cold: false } => "translated code, user",
-            Self::Code { user: true, cold: true } => "translated code, user, slow paths",
+            Self::Code { user, cold, mapped } => {
+                let who = if *user { "user" } else { "kernel" };
+                let how = if *mapped { ", mapped" } else { "" };
+                let part = if *cold { ", slow paths" } else { "" };
+                return write!(f, "translated code, {who}{how}{part}");
+            }
             Self::Links => "translated code, between blocks",
             Self::Dispatch => "dispatch and other",
             Self::TlbMiss => "TLB miss",
@@ -557,7 +561,8 @@ impl Engine {
                 match block_at(&self.tables.blocks, at, cold) {
                     Some(b) => {
                         let user = b.key.mode.has(Mode::USER);
-                        (Cause::Code { user, cold }, Some(b.key.rip), user.then_some(root))
+                        let mapped = b.key.mode.has(Mode::WINDOW) || b.key.mode.has(Mode::MAPPED);
+                        (Cause::Code { user, cold, mapped }, Some(b.key.rip), user.then_some(root))
                     }
                     None => (Cause::Links, None, None),
                 }
@@ -596,8 +601,8 @@ mod tests {
     #[test]
     fn causes_survive_the_meter() {
         let mut all = vec![Cause::Emulate(0), Cause::Emulate(u16::MAX)];
-        for (user, cold) in [(false, false), (false, true), (true, false), (true, true)] {
-            all.push(Cause::Code { user, cold });
+        for n in 0..8 {
+            all.push(Cause::Code { user: n & 1 != 0, cold: n & 2 != 0, mapped: n & 4 != 0 });
         }
         all.extend([Cause::Links, Cause::Dispatch, Cause::TlbMiss, Cause::Bounce, Cause::Window, Cause::IndirectMiss]);
         all.extend([

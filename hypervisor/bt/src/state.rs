@@ -6,7 +6,7 @@
 
 use paravane_cpu::CpuState;
 use std::mem::offset_of;
-use std::sync::atomic::{AtomicU8, AtomicU32};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 
 /// Entries in one view of the soft TLB.
 pub(crate) const TLB_ENTRIES: usize = 1024;
@@ -74,7 +74,7 @@ pub(crate) const fn empty_jump_tag(index: usize) -> u64 {
     if index == 0 { 1 << JC_SHIFT } else { 0 }
 }
 
-/// A vCPU's shared state. Allocated page-aligned; [`BtState::poll_page`] is a page of its own.
+/// A vCPU's shared state. Allocated page-aligned.
 #[repr(C, align(4096))]
 pub(crate) struct BtState {
     pub(crate) cpu: CpuState,
@@ -139,16 +139,16 @@ pub(crate) struct BtState {
     pub(crate) request: AtomicU32,
     /// The vCPU is in translated code or about to be.
     pub(crate) in_tc: AtomicU8,
-    /// The poll page is (about to be) protected.
-    pub(crate) poll_armed: AtomicU8,
+    /// What the indirect branch that was taken last left word of itself in: its callout. Direct polls read it, for nothing.
+    pub(crate) poll_word: u32,
+    /// The address of that word. [`NOWHERE_TO_POLL`] when somebody wants the vCPU to come out: then whoever polls faults.
+    pub(crate) poll_at: AtomicU64,
     /// Addresses of the thunks in [`crate::thunks`], see [`Thunk`].
     pub(crate) thunks: [u64; Thunk::COUNT],
     /// Where operands live that cannot be reached in place: MMIO, page-crossing, pages with translated code.
     pub(crate) bounce: Bounce,
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; VIEWS],
     pub(crate) jc: [JumpCache; VIEWS],
-    /// From here on protections change, which huge pages do not survive.
-    pub(crate) poll_page: PollPage,
     /// The stacks of translated code, of user and kernel code. A call pushes the guest's return address, then calls; a return
     /// compares, then returns, so that the host CPU predicts the guest's returns. User code must never return to what kernel code
     /// called from, hence two.
@@ -162,7 +162,7 @@ const FRAME_WORDS: usize = 1 << 16;
 #[repr(C, align(4096))]
 pub(crate) struct Frames {
     /// Without access: translated code that calls deeper faults here.
-    pub(crate) guard: PollPage,
+    pub(crate) guard: GuardPage,
     words: [u64; FRAME_WORDS],
 }
 
@@ -236,10 +236,12 @@ pub(crate) struct FastSegments {
 #[repr(C, align(64))]
 pub(crate) struct Bounce(pub(crate) [u8; 256]);
 
-/// A page that emitted code stores to and that is protected to make it stop. The first word is the callout of the indirect branch that was
-/// taken last, or anything.
+/// A page that nothing may be in.
 #[repr(C, align(4096))]
-pub(crate) struct PollPage(pub(crate) [u8; 4096]);
+pub(crate) struct GuardPage([u8; 4096]);
+
+/// No address: not canonical.
+pub(crate) const NOWHERE_TO_POLL: u64 = 1 << 62;
 
 /// Slots of [`BtState::thunks`].
 #[derive(Clone, Copy)]
@@ -316,7 +318,7 @@ pub(crate) mod off {
     pub(crate) const PAUSES: i32 = offset_of!(BtState, pauses) as i32;
     pub(crate) const REQUEST: i32 = offset_of!(BtState, request) as i32;
     pub(crate) const FPU_LIVE: i32 = offset_of!(BtState, fpu_live) as i32;
-    pub(crate) const POLL: i32 = offset_of!(BtState, poll_page) as i32;
+    pub(crate) const POLL_AT: i32 = offset_of!(BtState, poll_at) as i32;
     pub(crate) const TSC_AUX: i32 = offset_of!(BtState, cpu.tsc_aux) as i32;
     pub(crate) const KERNEL_GS: i32 = offset_of!(BtState, cpu.kernel_gs_base) as i32;
     pub(crate) const CR0: i32 = offset_of!(BtState, cpu.cr0) as i32;

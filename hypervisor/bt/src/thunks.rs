@@ -287,7 +287,7 @@ pub(crate) unsafe extern "sysv64" fn lookup() {
 }
 
 /// [`crate::state::Thunk::LookupUser`] and its kin, jumped to: RCX = a RIP whose door is not where the jump cache had it. The second
-/// entries are looked at, then Rust is asked. Who branched stands in the poll page.
+/// entries are looked at, then Rust is asked. Who branched stands in the poll word.
 #[unsafe(naked)]
 pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
     naked_asm!(
@@ -306,7 +306,7 @@ pub(crate) unsafe extern "sysv64" fn lookup_second<const VIEW: usize>() {
         tmp = const TMP,
         rip = const offset_of!(BtState, cpu.rip),
         mask = const offset_of!(BtState, jc_mask),
-        poll = const offset_of!(BtState, poll_page),
+        poll = const offset_of!(BtState, poll_word),
         tags = const second_entries(VIEW),
         hosts = const second_entries(VIEW) + offset_of!(JumpEntry, host),
         miss = sym missed,

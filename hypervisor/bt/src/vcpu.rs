@@ -4,7 +4,7 @@
 use crate::engine::Engine;
 use crate::fault;
 use crate::profile::Profile;
-use crate::state::{BtState, Frames, PollPage};
+use crate::state::{BtState, Frames, GuardPage, NOWHERE_TO_POLL};
 use crate::window::LOW_SPAN;
 use paravane_cpu::snapshot::{StateError, VcpuSnapshot};
 use paravane_cpu::{Bus, CpuState, VcpuExit};
@@ -14,6 +14,7 @@ use std::mem::offset_of;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 
 pub use paravane_ram::GuestRam;
 
@@ -92,7 +93,7 @@ pub(crate) struct StateMemory {
     span: usize,
 }
 
-// SAFETY: other threads touch only the atomics in it and the protection of the poll page.
+// SAFETY: other threads touch only the atomics in it.
 unsafe impl Send for StateMemory {}
 // SAFETY: see above.
 unsafe impl Sync for StateMemory {}
@@ -130,12 +131,14 @@ impl StateMemory {
             for side in 0..2 {
                 let frames = p.cast::<u8>().add(offset_of!(BtState, frames) + side * size_of::<Frames>());
                 let guard = frames.add(offset_of!(Frames, guard));
-                if libc::mprotect(guard.cast(), size_of::<PollPage>(), libc::PROT_NONE) != 0 {
+                if libc::mprotect(guard.cast(), size_of::<GuardPage>(), libc::PROT_NONE) != 0 {
                     libc::munmap(p, span);
                     return None;
                 }
             }
-            Some(Self { state: NonNull::new(p.cast())?, span })
+            let memory = Self { state: NonNull::new(p.cast())?, span };
+            memory.acknowledge();
+            Some(memory)
         }
     }
 
@@ -148,54 +151,35 @@ impl StateMemory {
         self.state.as_ptr()
     }
 
-    /// Protects or unprotects the poll page.
-    pub(crate) fn protect_poll(&self, protect: bool) {
-        // Translated code stores to it; a thunk reads it, whatever its protection.
-        let prot = if protect { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
-        // SAFETY: the page lies within our mapping and holds nothing that Rust code refers to.
-        unsafe {
-            let page = self.ptr().cast::<u8>().add(offset_of!(BtState, poll_page));
-            libc::mprotect(page.cast(), size_of::<PollPage>(), prot);
-        }
-    }
-
-    fn atomics(&self) -> (&std::sync::atomic::AtomicU32, &std::sync::atomic::AtomicU8, &std::sync::atomic::AtomicU8) {
+    fn atomics(&self) -> (&AtomicU32, &AtomicU8, &AtomicU64) {
         // SAFETY: references to the atomic fields only, which may be shared between threads.
         unsafe {
             let p = self.ptr();
-            (&(*p).request, &(*p).in_tc, &(*p).poll_armed)
+            (&(*p).request, &(*p).in_tc, &(*p).poll_at)
         }
+    }
+
+    /// The address that polls go to while nobody wants anything.
+    fn poll_word(&self) -> u64 {
+        self.ptr() as u64 + offset_of!(BtState, poll_word) as u64
     }
 
     /// Asks the vCPU to come out of translated code.
     pub(crate) fn kick(&self) {
-        let (request, in_tc, armed) = self.atomics();
+        let (request, in_tc, poll_at) = self.atomics();
         request.store(1, SeqCst);
-        if EMULATING.get() == self.ptr() {
-            return;
-        }
-        if in_tc.load(SeqCst) != 0 && armed.swap(1, SeqCst) == 0 {
-            self.protect_poll(true);
+        if EMULATING.get() != self.ptr() && in_tc.load(SeqCst) != 0 {
+            poll_at.store(NOWHERE_TO_POLL, SeqCst);
         }
     }
 
     /// Takes the request back; the vCPU is about to look at what there is to do.
-    pub(crate) fn acknowledge(&self) {
-        let (request, _, armed) = self.atomics();
-        request.store(0, SeqCst);
-        if armed.load(SeqCst) != 0 {
-            self.protect_poll(false);
-            armed.store(0, SeqCst);
-        }
-    }
-
-    /// As [`Self::acknowledge`], when a poll has found its page protected, whoever did that and whatever has become of the note of it.
     ///
-    /// The page must not be made writable behind the back of a kick that has just protected it: further kicks would rely on that one. So the
-    /// note is made first, which keeps them from protecting, and is taken back last.
-    pub(crate) fn polled(&self) {
-        self.atomics().2.store(1, SeqCst);
-        self.acknowledge();
+    /// The request goes last: what a kick in between leaves behind is the pointer, and at worst a poll finds it for nothing.
+    pub(crate) fn acknowledge(&self) {
+        let (request, _, poll_at) = self.atomics();
+        poll_at.store(self.poll_word(), SeqCst);
+        request.store(0, SeqCst);
     }
 
     /// Announces that the vCPU enters translated code; false when there is a request to see to first.
@@ -230,7 +214,7 @@ thread_local! {
 }
 
 /// While this exists, kicks of the vCPU by its own thread only leave the request: whoever makes one looks at it before translated code
-/// goes on. Protecting and unprotecting the poll page would cost microseconds, and an interrupt that a guest sends to itself has no need of it.
+/// goes on. A poll that faults would cost microseconds, and an interrupt that a guest sends to itself has no need of it.
 pub(crate) struct Emulating;
 
 impl Emulating {

@@ -2,7 +2,7 @@
 //!
 //! A direct exit within a page (or between global pages, or in a process that has windows) is a patchable jump that is linked to its target on first use. All
 //! other exits go through the jump cache, a hash from RIP to the doors of blocks ([`super::door`]) that is emptied whenever a mapping of code
-//! changes. Backward and indirect exits poll: they store to a page that is protected when somebody wants the vCPU's attention.
+//! changes. Backward and indirect exits poll: they go through a pointer that leads nowhere when somebody wants the vCPU's attention, and fault.
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use super::{RawExit, Translator};
@@ -18,22 +18,24 @@ impl Translator<'_> {
         self.wrap(i.near_branch_target())
     }
 
-    /// Stores to the page that is protected when the vCPU must come out.
-    fn poll(&mut self, kind: FaultKind) {
-        let at = self.asm.pos();
-        self.asm.store32(M::gs(off::POLL), H::R11);
-        self.fault_site(at, kind);
-    }
-
-    /// Polls on the way to a known RIP. Leaves R11 as it was.
+    /// Polls on the way to a known RIP: reads by way of the pointer that leads nowhere when the vCPU must come out. Clobbers RCX, and leaves R11
+    /// as it was.
     fn poll_before(&mut self, target: u64) {
-        if i32::try_from(target.wrapping_sub(self.start_rip) as i64).is_ok() {
-            self.poll(FaultKind::Poll { rip: target });
+        let near = i32::try_from(target.wrapping_sub(self.start_rip) as i64).is_ok();
+        if near {
+            self.asm.load(H::RCX, M::gs(off::POLL_AT));
+            let at = self.asm.pos();
+            self.asm.load32(H::RCX, M::base(H::RCX, 0));
+            self.fault_site(at, FaultKind::Poll { rip: target });
         } else {
-            // Too far for a packed fault site: the state says where to go.
+            // Too far for a packed fault site: RCX says where to go.
+            self.asm.store(M::gs(off::TMP), H::R11);
             self.asm.mov_imm(H::RCX, target);
-            self.asm.store(M::gs(off::RIP), H::RCX);
-            self.poll(FaultKind::PollIndirect);
+            self.asm.load(H::R11, M::gs(off::POLL_AT));
+            let at = self.asm.pos();
+            self.asm.load32(H::R11, M::base(H::R11, 0));
+            self.fault_site(at, FaultKind::PollIndirect);
+            self.asm.load(H::R11, M::gs(off::TMP));
         }
     }
 
@@ -98,10 +100,11 @@ impl Translator<'_> {
         self.jump_through_cache(self.mode.view());
     }
 
-    /// Polls on the way to the RIP in RCX, and leaves word of which branch goes there.
+    /// Polls on the way to the RIP in RCX, and leaves word of which branch goes there. Clobbers R11.
     fn poll_branch(&mut self, callout: u32) {
+        self.asm.load(H::R11, M::gs(off::POLL_AT));
         let at = self.asm.pos();
-        self.asm.store_imm32(M::gs(off::POLL), callout as i32);
+        self.asm.store_imm32(M::base(H::R11, 0), callout as i32);
         self.fault_site(at, FaultKind::PollIndirect);
     }
 
@@ -347,7 +350,7 @@ impl Translator<'_> {
         if backward {
             self.poll_before(target);
         }
-        self.push_frame();
+        self.push_frame(self.mode.has(Mode::WINDOW));
         let stub = self.asm.label();
         let patch = self.asm.call_patchable(stub);
         self.add_exit(target, self.mode, patch, stub);
@@ -363,16 +366,17 @@ impl Translator<'_> {
     }
 
     /// Pushes the complement of the guest's return address on the translated code's stack. The call must follow before anything can
-    /// fault: a frame is two words, always. Through a window, an address
-    /// that is no sign-extended constant is in R11 since it was stored on the guest's stack.
-    fn push_frame(&mut self) {
+    /// fault: a frame is two words, always. An address that is no sign-extended constant is taken from R11 if it is `there`, since it was stored
+    /// on the guest's stack through a window.
+    fn push_frame(&mut self, there: bool) {
         match i32::try_from(!self.cur_next as i64) {
             Ok(low) => self.asm.push_imm32(low),
             Err(_) => {
-                if !self.mode.has(Mode::WINDOW) {
-                    self.asm.mov_imm(H::R11, self.cur_next);
+                if there {
+                    self.asm.not(H::R11);
+                } else {
+                    self.asm.mov_imm(H::R11, !self.cur_next);
                 }
-                self.asm.not(H::R11);
                 self.asm.push(H::R11);
             }
         }
@@ -413,7 +417,7 @@ impl Translator<'_> {
         }
         let n = self.note_callout(i, Action::Branch);
         self.poll_branch(n);
-        self.push_frame();
+        self.push_frame(false);
         let door = self.door_of_rcx(self.mode.view());
         self.asm.call_mem(door);
         self.exit_to(self.cur_next, self.mode, false);

@@ -8,6 +8,7 @@ use super::Translator;
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use crate::asm::{Base, H, Label, M, cc};
 use crate::block::{Action, FaultKind, Mode};
+use crate::kernel::STRING_SHIFT;
 use crate::state::off;
 use iced_x86::{Instruction, Mnemonic, Register};
 
@@ -186,8 +187,8 @@ impl Translator<'_> {
     /// it faults before it can leave what is mapped. Slots 2 and 3 hold the distances, by which the signal handler turns the registers back.
     fn string_rep_kernel(&mut self, i: &Instruction, movs: bool, size: u8) {
         let (slow, short, end) = (self.asm.label(), self.asm.label(), self.asm.label());
-        // No interrupt comes in between, so it must not take long.
-        self.asm.pext(H::RCX, H::GUEST_RCX, M::gs(off::PAGE_MASK));
+        self.asm.mov_imm(H::RCX, u64::from(STRING_SHIFT));
+        self.asm.shrx(H::RCX, H::GUEST_RCX, H::RCX);
         self.asm.jrcxz(short);
         self.asm.jmp(slow);
         self.asm.bind(short);
