@@ -116,6 +116,40 @@ enum Fix {
     Rel32(u32),
 }
 
+/// A place in a block's code that is different in a copy of it at another RIP, as an offset from where the block was assembled; see
+/// [`crate::relocate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reloc {
+    /// 64 bits: an address as far from RIP as the other one.
+    Rip(u32),
+    /// The same, negated or complemented.
+    MinusRip(u32),
+    /// 32 bits: the number of one of the block's sites, callouts, exits.
+    Site(u32),
+    Callout(u32),
+    Exit(u32),
+    /// 32 bits: the distance to the cold part, and back.
+    ToCold(u32),
+    ToHot(u32),
+    /// 32 bits: the place in a jump cache of the door of an address near RIP, and where the first door is.
+    Door(u32, u32),
+}
+
+impl Reloc {
+    /// Where it is.
+    pub(crate) fn at(self) -> usize {
+        let (Self::Rip(at)
+        | Self::MinusRip(at)
+        | Self::Site(at)
+        | Self::Callout(at)
+        | Self::Exit(at)
+        | Self::ToCold(at)
+        | Self::ToHot(at)
+        | Self::Door(at, _)) = self;
+        at as usize
+    }
+}
+
 /// Condition codes of Jcc, as in the low four opcode bits.
 #[allow(dead_code)]
 pub(crate) mod cc {
@@ -134,6 +168,8 @@ pub(crate) struct Asm {
     fixes: Vec<(Fix, Label)>,
     /// Where the cold part begins: code that is placed away from the rest, see [`Asm::cold`].
     cold: Option<u32>,
+    /// What a copy at another RIP must change, while copies are possible.
+    relocs: Option<Vec<Reloc>>,
     encoder: Encoder,
 }
 
@@ -144,6 +180,7 @@ impl Asm {
             labels: Vec::new(),
             fixes: Vec::new(),
             cold: None,
+            relocs: None,
             encoder: Encoder::new(64),
         }
     }
@@ -153,6 +190,59 @@ impl Asm {
         self.labels.clear();
         self.fixes.clear();
         self.cold = None;
+        self.relocs = None;
+    }
+
+    /// From here on it is noted what a copy must change.
+    pub(crate) fn note_relocations(&mut self) {
+        self.relocs = Some(Vec::with_capacity(32));
+    }
+
+    /// What a copy must change; `None` when it could not be one.
+    pub(crate) fn relocations(&self) -> Option<&[Reloc]> {
+        self.relocs.as_deref()
+    }
+
+    /// The code depends on its RIP in a way that no copy can follow.
+    pub(crate) fn pin(&mut self) {
+        self.relocs = None;
+    }
+
+    fn reloc(&mut self, r: Reloc) {
+        if let Some(all) = &mut self.relocs {
+            all.push(r);
+        }
+    }
+
+    /// Notes that the last four bytes depend on where the block's records are.
+    pub(crate) fn numbered(&mut self, kind: impl Fn(u32) -> Reloc) {
+        self.reloc(kind(self.pos() - 4));
+    }
+
+    /// As [`Self::mov_imm`], of an address that is as far from RIP wherever the code is; where it does not take 64 bits, there can be no copy.
+    pub(crate) fn mov_rip(&mut self, d: H, v: u64) {
+        self.mov_moving(d, v, Reloc::Rip);
+    }
+
+    /// The same of such an address's negation or complement.
+    pub(crate) fn mov_minus_rip(&mut self, d: H, v: u64) {
+        self.mov_moving(d, v, Reloc::MinusRip);
+    }
+
+    fn mov_moving(&mut self, d: H, v: u64, kind: fn(u32) -> Reloc) {
+        let before = self.pos();
+        self.mov_imm(d, v);
+        if self.pos() - before == 10 {
+            self.reloc(kind(self.pos() - 8));
+        } else {
+            self.pin();
+        }
+    }
+
+    /// `mov r11d, n`, the number of a site.
+    pub(crate) fn mov_site(&mut self, n: u32) {
+        self.mov_imm(H::R11, u64::from(n));
+        self.numbered(Reloc::Site);
     }
 
     /// What follows is rarely executed and may be placed elsewhere. Only 32-bit jumps may lead across.
@@ -199,6 +289,11 @@ impl Asm {
                 }
                 Fix::Rel32(at) => {
                     let d = (far(target) - far(at) - 4) as i32;
+                    if let Some(all) = &mut self.relocs
+                        && (at < cold) != (target < cold)
+                    {
+                        all.push(if at < cold { Reloc::ToCold(at) } else { Reloc::ToHot(at) });
+                    }
                     self.buf[at as usize..at as usize + 4].copy_from_slice(&d.to_le_bytes());
                 }
             }

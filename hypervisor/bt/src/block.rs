@@ -1,5 +1,6 @@
 //! What a translated block is: its key, its ways out, and what the engine must know about places inside it.
 
+use crate::asm::Reloc;
 use crate::cache::Placed;
 use crate::state::Side;
 use iced_x86::Instruction;
@@ -323,7 +324,7 @@ pub(crate) enum Action {
 
 /// A place in translated code where the host CPU may raise an exception on the guest's behalf. There is one for every other
 /// guest instruction, so it is packed.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct FaultSite {
     /// Offset in the block as it was assembled, hot part first.
     pub(crate) at: u32,
@@ -350,6 +351,12 @@ impl FaultSite {
             FaultKind::PollIndirect => (0, Self::POLL_INDIRECT),
         };
         Some(Self { at, delta, what })
+    }
+
+    /// The same in a block whose sites have numbers that are higher.
+    pub(crate) fn renumbered(self, sites: u32) -> Self {
+        let numbered = self.what == Self::STRING || (self.what < Self::STRING && self.what & Self::WINDOW != 0);
+        if numbered { Self { delta: self.delta.wrapping_add(sites as i32), ..self } } else { self }
     }
 
     /// What stands there.
@@ -390,6 +397,8 @@ pub(crate) struct Tables {
     pub(crate) sites: Vec<Site>,
     pub(crate) callouts: Vec<Callout>,
     pub(crate) faults: Vec<FaultSite>,
+    /// What copies of blocks must change.
+    pub(crate) relocs: Vec<Reloc>,
 }
 
 impl Tables {
@@ -399,5 +408,6 @@ impl Tables {
         self.sites.clear();
         self.callouts.clear();
         self.faults.clear();
+        self.relocs.clear();
     }
 }

@@ -23,6 +23,8 @@ pub(crate) struct CodeMemory {
     cold: usize,
     /// Where the hot part begins that is not backed by huge pages yet. The cold part never is.
     small_hot: usize,
+    /// Where copies are made.
+    copy: Vec<u8>,
 }
 
 /// Where a block's two parts are in the cache.
@@ -39,9 +41,19 @@ impl Placed {
         if at < self.hot_len { self.hot + at } else { self.cold + at - self.hot_len }
     }
 
+    /// How much further the cold part is from the hot one than it was when assembled.
+    fn gap(self) -> u32 {
+        self.cold - self.hot - self.hot_len
+    }
+
     /// Cache offset behind the hot part.
     pub(crate) fn hot_end(self) -> u32 {
         self.hot + self.hot_len
+    }
+
+    /// The offset in the block as it was assembled of a place in it.
+    pub(crate) fn inverse(self, at: u32) -> u32 {
+        if at >= self.cold { self.cold_offset(at) } else { at - self.hot }
     }
 
     #[cfg(test)]
@@ -132,7 +144,7 @@ impl CodeMemory {
             return Err(fail("the translation cache cannot be mapped (does this host forbid executable mappings?)"));
         };
         let split = (len / 2).next_multiple_of(HUGE);
-        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split, small_hot: 0 })
+        Ok(Self { rw: rw.cast(), rx: rx.cast(), len, split, hot: 0, cold: split, small_hot: 0, copy: Vec::new() })
     }
 
     /// Bytes in the cache.
@@ -155,8 +167,33 @@ impl CodeMemory {
     /// rarely does. `None` when the cache is full.
     pub(crate) fn place(&mut self, asm: &mut Asm) -> Option<Placed> {
         let (hot, cold) = asm.parts();
-        let (hot_len, cold_len) = (hot.len(), cold.len());
-        let at = Placed { hot: self.hot as u32, cold: self.cold as u32, hot_len: hot_len as u32 };
+        let at = self.room(hot.len(), cold.len())?;
+        asm.resolve(i64::from(at.gap()));
+        let (hot, cold) = asm.parts();
+        self.put(at, hot, cold);
+        Some(at)
+    }
+
+    /// Places a copy of a block of `len` bytes, as `change` leaves it; that is told how much further apart the copy's parts are.
+    pub(crate) fn place_copy(&mut self, from: Placed, len: u32, change: impl FnOnce(&mut [u8], u32)) -> Option<Placed> {
+        let (hot_len, len) = (from.hot_len as usize, len as usize);
+        let at = self.room(hot_len, len - hot_len)?;
+        let mut code = std::mem::take(&mut self.copy);
+        code.clear();
+        for (start, n) in [(from.hot, hot_len), (from.cold, len - hot_len)] {
+            assert!(start as usize + n <= self.len, "a block lies within the translation cache");
+            // SAFETY: in bounds of the writable view as just checked; only this vCPU's thread writes to it.
+            code.extend_from_slice(unsafe { std::slice::from_raw_parts(self.rw.add(start as usize), n) });
+        }
+        change(&mut code, at.gap().wrapping_sub(from.gap()));
+        let (hot, cold) = code.split_at(hot_len);
+        self.put(at, hot, cold);
+        self.copy = code;
+        Some(at)
+    }
+
+    /// Where the next block goes, if there is room for it.
+    fn room(&mut self, hot_len: usize, cold_len: usize) -> Option<Placed> {
         if self.hot + hot_len > self.split || self.cold + cold_len > self.len {
             return None;
         }
@@ -164,16 +201,18 @@ impl CodeMemory {
             self.make_huge(self.small_hot);
             self.small_hot += HUGE;
         }
-        asm.resolve((self.cold - self.hot - hot_len) as i64);
-        let (hot, cold) = asm.parts();
-        // SAFETY: both ranges were just checked to lie within the writable view, which nothing else refers to.
+        Some(Placed { hot: self.hot as u32, cold: self.cold as u32, hot_len: hot_len as u32 })
+    }
+
+    /// Puts a block where there is room for it.
+    fn put(&mut self, at: Placed, hot: &[u8], cold: &[u8]) {
+        // SAFETY: `room` has checked that both ranges lie within the writable view, which nothing else refers to.
         unsafe {
-            std::ptr::copy_nonoverlapping(hot.as_ptr(), self.rw.add(self.hot), hot_len);
-            std::ptr::copy_nonoverlapping(cold.as_ptr(), self.rw.add(self.cold), cold_len);
+            std::ptr::copy_nonoverlapping(hot.as_ptr(), self.rw.add(at.hot as usize), hot.len());
+            std::ptr::copy_nonoverlapping(cold.as_ptr(), self.rw.add(at.cold as usize), cold.len());
         }
-        self.hot = (self.hot + hot_len + 15) & !15;
-        self.cold += cold_len;
-        Some(at)
+        self.hot = (self.hot + hot.len() + 15) & !15;
+        self.cold += cold.len();
     }
 
     /// Backs 2 MiB with a huge page, if the host can. Translated code is large: with small pages, misses of the

@@ -173,6 +173,8 @@ pub(crate) struct Engine {
     /// The block that Rust code last led to.
     pub(crate) entered: BlockId,
     pub(crate) map: WordMap<Key, BlockId>,
+    /// Blocks that may be copied to where other processes have the same code.
+    pub(crate) patterns: WordMap<Key, crate::relocate::Pattern>,
     /// Pages that hold translated code.
     pub(crate) pages: WordMap<u64, CodePage>,
     /// What others wrote to them or want of this vCPU.
@@ -301,6 +303,7 @@ impl Engine {
             tables: Tables::default(),
             entered: 0,
             map: WordMap::default(),
+            patterns: WordMap::default(),
             pages: WordMap::default(),
             mailbox,
             waits: Histogram::default(),

@@ -4,6 +4,7 @@
 use crate::block::{Block, BlockId, Key, Mode, NO_BLOCK, NO_DOOR, NO_EXIT};
 use crate::engine::{Engine, WordMap};
 use crate::profile::Cause;
+use crate::relocate::Firsts;
 use crate::state::{JC_ENTRIES, JumpEntry, NO_SELECTOR, jump_index};
 use crate::translate::{Decoded, Hint, Peek, Translator, decode, door};
 use paravane_cpu::mmu::{self, Access, AccessKind};
@@ -303,6 +304,10 @@ impl Engine {
             self.kill_block(id);
         }
         let before = self.profile.begin(Cause::Translate);
+        if let Some(id) = self.copy_block(key) {
+            self.profile.back(before);
+            return Ok(Some(id));
+        }
         let made = self.translate_watched(key, la);
         self.profile.back(before);
         made
@@ -395,14 +400,13 @@ impl Engine {
             high: self.window.high(),
             kept: &self.kernel.kept,
         };
-        let faults = self.tables.faults.len() as u32;
-        let first_exit = self.tables.exits.len() as u32;
+        let first = Firsts::of(&self.tables);
         let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, key.mode, id, (key.rip, code), hint)
             .translate(&decoded, peek, !self.direct && !key.mode.alone());
         self.decoded = decoded;
         self.window.votes = (self.window.votes + t.votes).clamp(-1000, 1000);
         let Some(placed) = self.code.place(&mut self.asm) else {
-            self.tables.faults.truncate(faults as usize);
+            self.tables.faults.truncate(first.faults as usize);
             return Ok(None);
         };
         for x in &t.exits {
@@ -417,12 +421,13 @@ impl Engine {
             entry: placed.offset(t.entry),
             door: t.door.map_or(NO_DOOR, |at| placed.offset(at)),
             incoming: NO_EXIT,
-            exits: first_exit..self.tables.exits.len() as u32,
-            faults: faults..self.tables.faults.len() as u32,
+            exits: first.exits..self.tables.exits.len() as u32,
+            faults: first.faults..self.tables.faults.len() as u32,
             live: !key.mode.alone(),
         });
         self.name_block(id);
         if !key.mode.alone() {
+            self.keep_pattern(id, first, t.door, t.entry, t.instructions);
             self.map.insert(key, id);
             self.watch_page(key.gpa & !0xfff, id);
             if let Some(p) = *second_page {
@@ -559,6 +564,7 @@ impl Engine {
         self.cache_full = false;
         self.stats.cache_flushes += 1;
         self.map.clear();
+        self.patterns.clear();
         self.release_all_pages();
         self.cross_links.clear();
         self.window.forget_links();

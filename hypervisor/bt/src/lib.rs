@@ -34,6 +34,7 @@ mod kernel;
 mod perf_map;
 mod profile;
 mod regs;
+mod relocate;
 mod requirements;
 mod softmmu;
 mod state;

@@ -19,6 +19,7 @@ macro_rules! counters {
 
 counters! {
     blocks = "blocks translated",
+    copied = "blocks copied from other addresses",
     instructions = "instructions translated",
     guest_bytes = "guest bytes translated",
     code_bytes = "code bytes emitted",

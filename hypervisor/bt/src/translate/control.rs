@@ -6,7 +6,7 @@
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use super::{RawExit, Translator};
-use crate::asm::{Asm, Base, H, Label, M};
+use crate::asm::{Asm, Base, H, Label, M, Reloc};
 use crate::block::{Action, FaultKind, Mode, NO_CALLOUT};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::{Thunk, jump_index, off};
@@ -30,7 +30,7 @@ impl Translator<'_> {
         } else {
             // Too far for a packed fault site: RCX says where to go.
             self.asm.store(M::gs(off::TMP), H::R11);
-            self.asm.mov_imm(H::RCX, target);
+            self.asm.mov_rip(H::RCX, target);
             self.asm.load(H::R11, M::gs(off::POLL_AT));
             let at = self.asm.pos();
             self.asm.load32(H::R11, M::base(H::R11, 0));
@@ -50,7 +50,7 @@ impl Translator<'_> {
     /// Leaves for a known RIP, unconditionally.
     pub(crate) fn exit_to(&mut self, target: u64, mode: Mode, backward: bool) {
         if self.mode.has(Mode::STEP) {
-            self.asm.mov_imm(H::RCX, target);
+            self.asm.mov_rip(H::RCX, target);
             self.step_to_rcx();
             return;
         }
@@ -63,7 +63,7 @@ impl Translator<'_> {
             self.add_exit(target, mode, patch, stub);
             return;
         }
-        self.asm.mov_imm(H::RCX, target);
+        self.asm.mov_rip(H::RCX, target);
         let canonical = mmu::is_canonical(target) || !self.mode.is64();
         if mode != self.mode || self.mode.alone() || !self.mode.has(Mode::FLAT) || !canonical {
             self.asm.store(M::gs(off::RIP), H::RCX);
@@ -105,6 +105,7 @@ impl Translator<'_> {
         self.asm.load(H::R11, M::gs(off::POLL_AT));
         let at = self.asm.pos();
         self.asm.store_imm32(M::base(H::R11, 0), callout as i32);
+        self.asm.numbered(Reloc::Callout);
         self.fault_site(at, FaultKind::PollIndirect);
     }
 
@@ -134,7 +135,7 @@ impl Translator<'_> {
         let clear = a.label();
         a.load32(H::RCX, M::gs(off::IRQ_WINDOW));
         a.jrcxz(clear);
-        a.mov_imm(H::RCX, next);
+        a.mov_rip(H::RCX, next);
         a.store(M::gs(off::RIP), H::RCX);
         a.mov_imm(H::R11, crate::dispatch::EXIT_RESYNC);
         a.jmp_mem(M::gs(Thunk::Exit.offset()));
@@ -370,12 +371,15 @@ impl Translator<'_> {
     /// on the guest's stack through a window.
     fn push_frame(&mut self, there: bool) {
         match i32::try_from(!self.cur_next as i64) {
-            Ok(low) => self.asm.push_imm32(low),
+            Ok(low) => {
+                self.asm.pin();
+                self.asm.push_imm32(low);
+            }
             Err(_) => {
                 if there {
                     self.asm.not(H::R11);
                 } else {
-                    self.asm.mov_imm(H::R11, !self.cur_next);
+                    self.asm.mov_minus_rip(H::R11, !self.cur_next);
                 }
                 self.asm.push(H::R11);
             }
@@ -546,7 +550,9 @@ impl Translator<'_> {
 
 /// Goes through the jump cache to a RIP that is known when the code is made, is canonical, and is already in RCX.
 fn lookup_constant(a: &mut Asm, target: u64, view: usize) {
-    a.jmp_mem(M::gs(off::jc_doors(view) + (jump_index(target) * size_of::<u64>()) as i32));
+    let first = off::jc_doors(view);
+    a.jmp_mem(M::gs(first + (jump_index(target) * size_of::<u64>()) as i32));
+    a.numbered(|at| Reloc::Door(at, first as u32));
 }
 
 /// A stub on its own that goes to `target`, which is canonical, by way of the jump cache.

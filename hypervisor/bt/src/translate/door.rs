@@ -12,12 +12,20 @@
 use crate::asm::{Asm, H, Label, M};
 use crate::state::Thunk;
 
-/// Adds a constant to RCX. Clobbers R11, no flags.
-fn add_to_rcx(a: &mut Asm, v: u64) {
+/// Adds RIP, or its negation, to RCX. Clobbers R11, no flags.
+fn add_to_rcx(a: &mut Asm, rip: u64, negated: bool) {
+    let v = if negated { rip.wrapping_neg() } else { rip };
     match i32::try_from(v as i64) {
-        Ok(v) => a.lea(H::RCX, M::base(H::RCX, v)),
+        Ok(v) => {
+            a.pin();
+            a.lea(H::RCX, M::base(H::RCX, v));
+        }
         Err(_) => {
-            a.mov_imm(H::R11, v);
+            if negated {
+                a.mov_minus_rip(H::R11, v);
+            } else {
+                a.mov_rip(H::R11, v);
+            }
             a.lea(H::RCX, M::base_index(H::RCX, H::R11));
         }
     }
@@ -26,7 +34,7 @@ fn add_to_rcx(a: &mut Asm, v: u64) {
 /// Goes on behind this if RCX is `rip`, otherwise at the label given back. Clobbers RCX and R11.
 pub(super) fn open(a: &mut Asm, rip: u64) -> Label {
     let (right, wrong) = (a.label(), a.label());
-    add_to_rcx(a, rip.wrapping_neg());
+    add_to_rcx(a, rip, true);
     a.jrcxz(right);
     a.jmp(wrong);
     a.bind(right);
@@ -36,7 +44,7 @@ pub(super) fn open(a: &mut Asm, rip: u64) -> Label {
 /// What stands at that label: RCX becomes what it was, and the search goes on.
 pub(super) fn turn_away(a: &mut Asm, rip: u64, view: usize, wrong: Label) {
     a.bind(wrong);
-    add_to_rcx(a, rip);
+    add_to_rcx(a, rip, false);
     a.jmp_mem(M::gs(Thunk::lookup(view).offset()));
 }
 
@@ -44,7 +52,7 @@ pub(super) fn turn_away(a: &mut Asm, rip: u64, view: usize, wrong: Label) {
 pub(crate) fn alone(a: &mut Asm, rip: u64, view: usize) -> u32 {
     a.clear();
     let (right, end) = (a.label(), a.label());
-    add_to_rcx(a, rip.wrapping_neg());
+    add_to_rcx(a, rip, true);
     a.jrcxz(right);
     let wrong = a.here();
     turn_away(a, rip, view, wrong);

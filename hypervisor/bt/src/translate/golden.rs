@@ -14,7 +14,7 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 /// 64-bit mode as Linux sets it up, at a privilege level.
-fn mode(cpl: u8) -> Mode {
+pub(crate) fn mode(cpl: u8) -> Mode {
     let mut st = CpuState::reset(0);
     st.cr0 = cr0::PE | cr0::PG | cr0::WP | cr0::NE | cr0::ET;
     st.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::SMAP | cr4::SMEP | cr4::FSGSBASE;

@@ -178,7 +178,12 @@ impl Translator<'_> {
         match (ea.base.map(home), ea.index.map(|(n, s)| (home(n), s))) {
             (None, None) => {
                 let v = if ea.bits == 64 { ea.disp as u64 } else { u64::from(ea.disp as u32) };
-                a.mov_imm(H::RCX, v);
+                if v >> 32 == 0 || i64::from(v as i32) == v as i64 {
+                    a.mov_imm(H::RCX, v);
+                } else {
+                    // Other constants of that size are pinned.
+                    a.mov_rip(H::RCX, v);
+                }
             }
             (Some(Home::Host(b)), None) => {
                 if disp == 0 {
@@ -252,11 +257,11 @@ impl Translator<'_> {
         if self.segmented(acc.ea.seg) {
             self.emit_ea(&acc.ea, false);
             self.emit_pending(pre, acc.ea.bits);
-            self.asm.mov_imm(H::R11, u64::from(site));
+            self.asm.mov_site(site);
             self.asm.call_gs(Thunk::SegMem.offset());
             self.emit_op(&op, Loc::Rcx);
             if acc.write {
-                self.asm.mov_imm(H::R11, u64::from(site));
+                self.asm.mov_site(site);
                 self.asm.call_gs(Thunk::Commit.offset());
             }
             return;
@@ -376,17 +381,17 @@ impl Translator<'_> {
             self.tables.sites[s.site as usize].slow = self.asm.pos();
             self.emit_ea(&s.ea, true);
             self.emit_pending(s.pre, s.ea.bits);
-            self.asm.mov_imm(H::R11, u64::from(s.site));
+            self.asm.mov_site(s.site);
             self.asm.call_gs(Thunk::Mem.offset());
             // It comes back here only with the bounce buffer in RCX; after a fill the access starts over in line.
             self.emit_op(&s.op, Loc::Rcx);
             if s.write {
-                self.asm.mov_imm(H::R11, u64::from(s.site));
+                self.asm.mov_site(s.site);
                 self.asm.call_gs(Thunk::Commit.offset());
             }
             if let MemOp::Store(Value::Imm(v), 8) = s.op {
                 // A call's return address is needed once more.
-                self.asm.mov_imm(H::R11, v);
+                self.mov_stored(H::R11, v);
             }
             self.asm.jmp(s.done);
         }
@@ -420,7 +425,7 @@ impl Translator<'_> {
                         };
                         match *v {
                             Value::Gs(o) => self.asm.load(t, M::gs(o)),
-                            Value::Imm(v) => self.asm.mov_imm(t, v),
+                            Value::Imm(v) => self.mov_stored(t, v),
                             Value::Reg(_) => unreachable!("registers are handled above"),
                         }
                         self.store_at(loc, m, t, *size);
@@ -446,6 +451,11 @@ impl Translator<'_> {
                 }
             }
         }
+    }
+
+    /// Loads a constant that is stored: an address made from RIP if it takes 64 bits, for no instruction stores others of that size.
+    fn mov_stored(&mut self, t: H, v: u64) {
+        if v >> 32 == 0 || i64::from(v as i32) == v as i64 { self.asm.mov_imm(t, v) } else { self.asm.mov_rip(t, v) }
     }
 
     fn store_at(&mut self, loc: Loc, m: M, r: H, size: u8) {

@@ -22,15 +22,18 @@ mod string;
 mod system;
 mod window;
 
-use crate::asm::{Asm, Base, H, Label, M};
-use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, NO_EXIT, Tables};
+use crate::asm::{Asm, Base, H, Label, M, Reloc};
+use crate::block::{Action, BlockId, Callout, Exit, FaultKind, FaultSite, Mode, NO_CALLOUT, NO_EXIT, Tables};
 use crate::cache::Placed;
 use crate::engine::WordMap;
 use crate::regs::{Home, Width, home};
+use crate::relocate::movable;
 use crate::state::{Thunk, off};
 use classify::{Class, Unit, classify, unit_of};
 pub(crate) use control::jump_cache_stub;
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory};
+#[cfg(test)]
+pub(crate) use golden::mode as linux_mode;
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, Register};
 use memory::Slow;
 pub(crate) use peek::Peek;
 use peek::flag_liveness;
@@ -170,6 +173,9 @@ impl<'a> Translator<'a> {
         hint: window::Hint<'a>,
     ) -> Self {
         asm.clear();
+        if movable(mode, start_rip, hint.high) {
+            asm.note_relocations();
+        }
         Self {
             asm,
             info,
@@ -352,6 +358,11 @@ impl<'a> Translator<'a> {
 
     /// Emits one instruction; true when the block ends with it.
     fn instruction(&mut self, i: &Instruction, flags_live: bool) -> bool {
+        let base = i.memory_base();
+        if base == Register::EIP || (base == Register::None && i.memory_displ_size() == 8) {
+            // An address of 64 bits that is no distance from RIP, or one of 32 that is.
+            self.asm.pin();
+        }
         if i.is_invalid() {
             let action = if i.len() >= 15 { Action::TooLong } else { Action::Undefined };
             self.callout(i, action);
@@ -411,6 +422,7 @@ impl<'a> Translator<'a> {
     pub(crate) fn callout(&mut self, i: &Instruction, action: Action) {
         let n = self.note_callout(i, action);
         self.asm.mov_imm(H::R11, u64::from(n));
+        self.asm.numbered(Reloc::Callout);
         self.asm.call_gs(Thunk::Emulate.offset());
     }
 
@@ -472,6 +484,9 @@ impl<'a> Translator<'a> {
         for (label, callout, thunk) in std::mem::take(&mut self.lookups) {
             self.asm.bind(label);
             self.asm.mov_imm(H::R11, u64::from(callout));
+            if callout != NO_CALLOUT {
+                self.asm.numbered(Reloc::Callout);
+            }
             self.asm.jmp_mem(M::gs(thunk.offset()));
         }
         let first = self.tables.exits.len() as u32;
@@ -479,6 +494,7 @@ impl<'a> Translator<'a> {
             self.asm.bind(label);
             self.exits[n as usize].stub = self.asm.pos();
             self.asm.mov_imm(H::R11, u64::from(first + n));
+            self.asm.numbered(Reloc::Exit);
             self.asm.jmp_mem(M::gs(Thunk::Chain.offset()));
         }
     }

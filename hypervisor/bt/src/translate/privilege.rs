@@ -92,7 +92,7 @@ impl Translator<'_> {
         a.jcc(cc::NE, slow);
         a.load(H::R11, M::gs(off::TMP + 16));
         a.store(M::gs(off::gpr(11)), H::R11);
-        a.mov_imm(H::GUEST_RCX, self.cur_next);
+        a.mov_rip(H::GUEST_RCX, self.cur_next);
         self.load_segment(1, fast(offset_of!(FastSegments, syscall_cs)));
         self.load_segment(2, fast(offset_of!(FastSegments, syscall_ss)));
         let a = &mut self.asm;

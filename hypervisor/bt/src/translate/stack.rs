@@ -120,7 +120,7 @@ impl Translator<'_> {
     pub(super) fn emit_lost_stacks(&mut self) {
         for (label, next) in std::mem::take(&mut self.stack.lost) {
             self.asm.bind(label);
-            self.asm.mov_imm(H::RCX, next);
+            self.asm.mov_rip(H::RCX, next);
             self.asm.store(M::gs(off::RIP), H::RCX);
             let lookup = self.lookup_stub(NO_CALLOUT, Thunk::Lookup);
             self.asm.jmp(lookup);

@@ -161,7 +161,7 @@ impl Translator<'_> {
         if !self.known.window.contains(la) {
             return None;
         }
-        self.asm.mov_imm(H::RCX, la);
+        self.asm.mov_rip(H::RCX, la);
         Some(Region::High.operand(M::base(H::RCX, 0)))
     }
 
