@@ -36,6 +36,7 @@ macro_rules! guest {
 #[macro_use]
 #[path = "../common/mod.rs"]
 mod common;
+mod copied;
 mod drift;
 mod guest;
 mod kernel;
