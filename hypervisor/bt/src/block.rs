@@ -274,7 +274,7 @@ pub(crate) struct Site {
     pub(crate) write: bool,
     /// Where the slow path begins, for accesses through a window: an offset in the block as it was assembled.
     pub(crate) slow: u32,
-    /// The access goes through a window; for a string instruction, through the high one.
+    /// The access goes through a window.
     pub(crate) window: bool,
     /// The access goes through kernel mappings.
     pub(crate) kernel: bool,
@@ -380,8 +380,7 @@ pub(crate) enum FaultKind {
     Guest { delta: u32, borrowed: Option<u8> },
     /// An access through a window; `borrowed` as above.
     Window { site: u32, borrowed: Option<u8> },
-    /// A REP string instruction on the host addresses of a window: [`Site::read`] if RSI takes part, [`Site::window`] for the
-    /// high window.
+    /// A REP string instruction on host addresses: [`Site::read`] if RSI takes part.
     String { site: u32 },
     /// A poll of the request page before going to RIP.
     Poll { rip: u64 },

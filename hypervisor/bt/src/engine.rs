@@ -280,9 +280,8 @@ impl Engine {
         let window = Window::new(&memory, &ram, cfg.windows, cfg.cpus);
         let kernel = Kernel::new(ram.has_files(), cfg.windows, &raw mut st.kernel_table);
         (st.high_mask, st.low_mask) = (window.high().mask, crate::window::LOW_MASK);
-        st.high_back = window.high().distance;
         st.low_offset = state as u64 + crate::window::LOW_DISTANCE as u64;
-        (st.high_offset, st.low_back) = (st.high_back.wrapping_neg(), st.low_offset.wrapping_neg());
+        st.high_offset = window.high().distance.wrapping_neg();
         let mut e = Self {
             id,
             state,

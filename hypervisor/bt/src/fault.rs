@@ -213,11 +213,7 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
         }
         FaultKind::String { site } => {
             let s = &e.tables.sites[site as usize];
-            let (di, si) = match (s.kernel, s.window) {
-                (true, _) => (st.tmp[2].wrapping_neg(), st.tmp[3].wrapping_neg()),
-                (false, true) => (st.high_back, st.high_back),
-                (false, false) => (st.low_back, st.low_back),
-            };
+            let (di, si) = (st.tmp[2].wrapping_neg(), st.tmp[3].wrapping_neg());
             regs[libc::REG_RDI as usize] = regs[libc::REG_RDI as usize].wrapping_add(di as i64);
             if s.read {
                 regs[libc::REG_RSI as usize] = regs[libc::REG_RSI as usize].wrapping_add(si as i64);

@@ -103,11 +103,9 @@ pub(crate) struct BtState {
     /// Masks of the address bits that tell the windows apart (for PEXT), see [`crate::window`].
     pub(crate) high_mask: u64,
     pub(crate) low_mask: u64,
-    /// What leads from guest addresses to the windows' host addresses, and back.
+    /// What leads from guest addresses to the windows' host addresses.
     pub(crate) high_offset: u64,
-    pub(crate) high_back: u64,
     pub(crate) low_offset: u64,
-    pub(crate) low_back: u64,
     /// What to add to addresses of each TiB in kernel code, see [`crate::kernel`].
     pub(crate) kernel_table: [u64; crate::kernel::TABLE],
     /// FS base for translated code while a window is in use, else zero: FS is then left alone.
@@ -301,10 +299,8 @@ pub(crate) mod off {
     pub(crate) const HIGH_MASK: i32 = offset_of!(BtState, high_mask) as i32;
     pub(crate) const LOW_MASK: i32 = offset_of!(BtState, low_mask) as i32;
     pub(crate) const HIGH_OFFSET: i32 = offset_of!(BtState, high_offset) as i32;
-    pub(crate) const HIGH_BACK: i32 = offset_of!(BtState, high_back) as i32;
     pub(crate) const LOW_OFFSET: i32 = offset_of!(BtState, low_offset) as i32;
     pub(crate) const KERNEL_TABLE: i32 = offset_of!(BtState, kernel_table) as i32;
-    pub(crate) const LOW_BACK: i32 = offset_of!(BtState, low_back) as i32;
     /// The address of a side's last frame, negated.
     pub(crate) fn neg_last_frame(side: Side) -> i32 {
         (offset_of!(BtState, neg_last_frame) + 8 * side as usize) as i32

@@ -44,7 +44,7 @@ use paravane_cpu::{CpuState, Env, Reg, TlbFlush};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use worth::{Verdict, Worth};
+use worth::{Cost, Verdict, Worth};
 
 /// An address belongs to the low window when this many bits shifted out leave 0.
 pub(crate) const LOW_SHIFT: u8 = 32;
@@ -85,9 +85,6 @@ const AROUND: u64 = 32;
 const MAX_MAPS: u32 = 24_000;
 /// Pages mapped at most, which bounds what a comparison with the page tables costs, and the host's own page tables.
 const MAX_PAGES: usize = 1 << 17;
-/// What a missing page costs beside the calls of mmap, for the decision whether windows pay: the signal, and the interrupts that
-/// changed mappings send to other CPUs.
-const SIGNAL_COST: Duration = Duration::from_nanos(4000);
 /// Least time between samples.
 const SAMPLE: Duration = Duration::from_millis(2);
 /// Timer interrupts in a row that must find the same process computing.
@@ -164,6 +161,8 @@ pub(crate) struct Window {
     /// Whether operands are more often in the low window (positive) or in the high one, as translation sees it.
     pub(crate) votes: i32,
     pages: WordMap<u64, Mapped>,
+    /// All guest-physical pages that are mapped to be written, and some that were.
+    written: WordMap<u64, ()>,
     /// The 2 MiB regions, by number, that hold parts of large pages.
     large: WordMap<u64, ()>,
     /// The pages that the process runs code from.
@@ -172,9 +171,11 @@ pub(crate) struct Window {
     /// at once when the page is there again.
     asleep: WordMap<u64, Asleep>,
     maps: u32,
-    /// Time spent on the windows since the last sample, and when that was.
-    cost: Duration,
+    /// What the windows have cost since the last sample, and when that was.
+    cost: Cost,
     sampled: Instant,
+    /// Pages that this owner has had mapped.
+    had: WordMap<u64, ()>,
     /// Pages whose translation the guest has flushed, or that it has just been told are missing: seen to before user code
     /// runs again.
     pending: Vec<u64>,
@@ -206,11 +207,13 @@ impl Window {
             stacked: false,
             votes: 0,
             pages: WordMap::default(),
+            written: WordMap::default(),
             large: WordMap::default(),
             code: WordMap::default(),
             asleep: WordMap::default(),
             maps: 0,
-            cost: Duration::ZERO,
+            cost: Cost::default(),
+            had: WordMap::default(),
             pending: Vec::new(),
             sampled: Instant::now(),
             worth: Worth::default(),
@@ -239,7 +242,6 @@ impl Window {
     /// Maps or (without a file) unmaps pages. False when the host refuses.
     fn call(&mut self, la: u64, pages: u64, file: Option<(i32, u64)>, writable: bool) -> bool {
         let Some(at) = self.host(la) else { return false };
-        let began = Instant::now();
         self.maps += 1;
         let (prot, flags, fd, offset) = match file {
             Some((fd, offset)) => {
@@ -253,14 +255,14 @@ impl Window {
         let r = unsafe {
             libc::mmap(at as *mut libc::c_void, (pages * PAGE) as usize, prot, flags | libc::MAP_FIXED, fd, offset)
         };
-        self.cost += began.elapsed();
         r != libc::MAP_FAILED
     }
 
     /// Unmaps everything.
     fn clear(&mut self) {
-        let began = Instant::now();
+        self.cost.cleared(self.pages.len());
         self.pages.clear();
+        self.written.clear();
         self.large.clear();
         self.pending.clear();
         self.maps = 0;
@@ -269,13 +271,21 @@ impl Window {
         if !self.clear_high() || !unmap(low, 1 << LOW_SHIFT) {
             self.give_up();
         }
-        self.cost += began.elapsed();
     }
 
     /// Unmaps all of the high window; false when the host refuses.
     fn clear_high(&self) -> bool {
         let distance = self.high.distance;
         self.high.mapped.iter().all(|&(start, end)| unmap(start - distance, end - start))
+    }
+
+    /// A page was missing.
+    fn miss(&mut self, page: u64) {
+        if self.had.len() > MAX_PAGES {
+            self.had.clear();
+        }
+        let again = self.had.contains_key(&page);
+        self.cost.missed(again);
     }
 
     /// An exit was linked to a block in another page: the link is good while that page stays where it is. False when that cannot be
@@ -301,6 +311,7 @@ impl Window {
         self.low = None;
         self.owner = None;
         self.pages.clear();
+        self.written.clear();
     }
 
     /// Unmaps one page, and the large page around it.
@@ -319,9 +330,11 @@ impl Window {
 
     /// Takes write access from every mapping of a guest-physical page.
     fn protect(&mut self, gpa: u64, ram: &Ram) {
-        let began = Instant::now();
+        // Pages that become code were hardly ever mapped to be written, and looking through all takes long.
+        if self.written.remove(&gpa).is_none() {
+            return;
+        }
         let hit: Vec<u64> = self.pages.iter().filter(|(_, m)| m.gpa == gpa && m.writable).map(|(&la, _)| la).collect();
-        self.cost += began.elapsed();
         for la in hit {
             // Nothing is left to change once the windows have been cleared.
             let Some(m) = self.pages.get_mut(&la) else { return };
@@ -332,6 +345,7 @@ impl Window {
 
     /// Unmaps pages, or maps them without write access; if that cannot be done, nothing stays mapped.
     fn change(&mut self, la: u64, pages: u64, file: Option<(i32, u64)>) {
+        self.cost.changed();
         if self.maps > MAX_MAPS || !self.call(la, pages, file, false) {
             self.clear();
         }
@@ -448,7 +462,7 @@ impl Engine {
             return;
         }
         w.sampled = Instant::now();
-        let cost = std::mem::take(&mut w.cost);
+        let cost = std::mem::take(&mut w.cost).time();
         if w.owner.is_some() {
             let found_it = computing && w.owner.is_some_and(|o| o.0 == now.0);
             if w.worth.sample(cost, elapsed, found_it) == Verdict::TakeAway {
@@ -529,7 +543,8 @@ impl Engine {
         w.clear();
         if w.low.is_some() {
             w.owner = Some(to);
-            (w.stale, w.worth, w.cost, w.votes) = (false, Worth::default(), Duration::ZERO, 0);
+            (w.stale, w.worth, w.cost, w.votes) = (false, Worth::default(), Cost::default(), 0);
+            w.had.clear();
             self.stats.windows_given += 1;
         }
     }
@@ -637,7 +652,7 @@ impl Engine {
     /// Maps, maps anew or unmaps what is pending.
     fn see_to_pending(&mut self) {
         for page in std::mem::take(&mut self.window.pending) {
-            self.window.cost += SIGNAL_COST;
+            self.window.miss(page);
             let mut cached = None;
             let wanted = self.wanted(page, &mut cached);
             match (wanted, self.window.pages.get(&page).copied()) {
@@ -655,7 +670,7 @@ impl Engine {
 
     /// Compares what is mapped with the page tables and unmaps what is no longer so.
     fn revalidate(&mut self) {
-        let began = Instant::now();
+        self.window.cost.compared(self.window.pages.len());
         self.window.stale = false;
         self.stats.window_checks += 1;
         let mut all: Vec<(u64, Mapped)> = self.window.pages.iter().map(|(&la, &m)| (la, m)).collect();
@@ -669,7 +684,6 @@ impl Engine {
                 self.window.drop_page(la);
             }
         }
-        self.window.cost += began.elapsed();
         self.check_code();
     }
 
@@ -721,17 +735,23 @@ impl Engine {
     /// when that changes nothing, because no window covers it, or it is there already, or the host refuses.
     pub(crate) fn map_in_window(&mut self, la: u64, write: bool) -> bool {
         let page = la & !(PAGE - 1);
-        self.window.cost += SIGNAL_COST;
         if self.window.owner.is_none_or(|o| o.0 != space(self.cpu()).0) || self.window.host(page).is_none() {
-            // An address that no window covers costs a signal, every time.
+            self.window.cost.missed(true);
             return false;
         }
         if self.window.maps > MAX_MAPS || self.window.pages.len() > MAX_PAGES {
             self.window.clear();
         }
         let mut cached = None;
-        let Some(wanted) = self.wanted(page, &mut cached) else { return false };
-        if write && !wanted.writable || self.window.pages.get(&page) == Some(&wanted) {
+        let Some(wanted) = self.wanted(page, &mut cached) else {
+            self.window.cost.missed(true);
+            return false;
+        };
+        if self.window.pages.get(&page) == Some(&wanted) {
+            return false;
+        }
+        self.window.miss(page);
+        if write && !wanted.writable {
             return false;
         }
         let (first, count) =
@@ -774,6 +794,10 @@ impl Engine {
         }
         for n in 0..len {
             self.window.pages.insert(start + n * PAGE, Mapped { gpa: head.gpa + n * PAGE, ..head });
+            self.window.had.insert(start + n * PAGE, ());
+            if head.writable {
+                self.window.written.insert(head.gpa + n * PAGE, ());
+            }
         }
         true
     }

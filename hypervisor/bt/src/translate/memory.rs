@@ -318,15 +318,15 @@ impl Translator<'_> {
         }
     }
 
-    /// Records a run of pushes or pops, or a string instruction, through kernel mappings; gives its number.
+    /// Records a run of pushes or pops through kernel mappings; gives its number.
     pub(super) fn note_kernel_site(&mut self, read: bool) -> u32 {
         self.tables.sites.push(Site { kernel: true, read, ..self.plain_site() });
         self.tables.sites.len() as u32 - 1
     }
 
-    /// Records a string instruction that runs in a window; gives its number.
-    pub(super) fn note_string_site(&mut self, movs: bool, high: bool) -> u32 {
-        self.tables.sites.push(Site { window: high, read: movs, write: true, ..self.plain_site() });
+    /// Records a string instruction that runs on the host's addresses; gives its number.
+    pub(super) fn note_string_site(&mut self, movs: bool) -> u32 {
+        self.tables.sites.push(Site { read: movs, write: true, ..self.plain_site() });
         self.tables.sites.len() as u32 - 1
     }
 

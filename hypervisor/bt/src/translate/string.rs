@@ -137,11 +137,10 @@ impl Translator<'_> {
         self.asm.bind(end);
     }
 
-    /// REP MOVS and REP STOS on operands that lie in one window as a whole: the host's own instruction runs on the host's
+    /// REP MOVS and REP STOS on operands that lie in windows as a whole, each in one: the host's own instruction runs on the host's
     /// addresses, however many pages it crosses. If it faults, the signal handler turns the registers back, and Rust goes on.
     fn string_rep_window(&mut self, i: &Instruction, movs: bool, size: u8, flags_live: bool) {
         let shift = size.trailing_zeros() as u8;
-        let region = self.likely(&Ea { base: Some(7), index: None, disp: 0, bits: 64, seg: 3 });
         let (slow, slow_flags, end) = (self.asm.label(), self.asm.label(), self.asm.label());
         if flags_live {
             self.asm.pushfq();
@@ -153,8 +152,18 @@ impl Translator<'_> {
         a.mov(H::RCX, H::GUEST_RCX);
         a.shr_flags(H::RCX, 40);
         a.jcc(cc::NE, slow_flags);
-        for r in [Some(H::RDI), movs.then_some(H::RSI)].into_iter().flatten() {
-            self.check_both_ends(region, r, M { index: Some((H::GUEST_RCX, shift)), ..M::base(r, 0) }, slow_flags);
+        for (r, guest, slot) in string_operands(movs) {
+            let region = self.likely(&Ea { base: Some(guest), index: None, disp: 0, bits: 64, seg: 3 });
+            let (other, found) = (self.asm.label(), self.asm.label());
+            let last = M { index: Some((H::GUEST_RCX, shift)), ..M::base(r, 0) };
+            self.check_both_ends(region, r, last, other);
+            self.asm.load(H::RCX, M::gs(region.distance()));
+            self.asm.jmp(found);
+            self.asm.bind(other);
+            self.check_both_ends(region.other(), r, last, slow_flags);
+            self.asm.load(H::RCX, M::gs(region.other().distance()));
+            self.asm.bind(found);
+            self.asm.store(M::gs(slot), H::RCX);
         }
         let a = &mut self.asm;
         if flags_live {
@@ -162,29 +171,35 @@ impl Translator<'_> {
             a.push(H::RCX);
             a.popfq();
         }
-        let moved = |a: &mut crate::asm::Asm, distance: M| {
-            a.load(H::R11, distance);
-            a.lea(H::RDI, M::base_index(H::RDI, H::R11));
-            if movs {
-                a.lea(H::RSI, M::base_index(H::RSI, H::R11));
-            }
-        };
-        let (to, back) = region.distances();
-        moved(a, M::gs(to));
-        a.mov(H::RCX, H::GUEST_RCX);
-        let at = a.pos();
-        a.rep_string(movs, size);
-        let site = self.note_string_site(movs, region == super::window::Region::High);
-        self.fault_site(at, FaultKind::String { site });
-        let a = &mut self.asm;
-        moved(a, M::gs(back));
-        a.mov_imm(H::GUEST_RCX, 0);
-        a.bind(end);
+        for (r, _, slot) in string_operands(movs) {
+            a.load(H::RCX, M::gs(slot));
+            a.lea(r, M::base_index(r, H::RCX));
+        }
+        let site = self.string_on_host(movs, size);
+        self.asm.bind(end);
         self.slow_strings.push(SlowString { site, slow, slow_flags, end, instr: *i, flags_live });
     }
 
+    /// The host's instruction, once RDI and RSI hold the host's addresses and slots 2 and 3 how far these are from the guest's, by which
+    /// the signal handler turns the registers back too. Gives its site.
+    fn string_on_host(&mut self, movs: bool, size: u8) -> u32 {
+        self.asm.mov(H::RCX, H::GUEST_RCX);
+        let at = self.asm.pos();
+        self.asm.rep_string(movs, size);
+        let site = self.note_string_site(movs);
+        self.fault_site(at, FaultKind::String { site });
+        for (r, _, slot) in string_operands(movs) {
+            let a = &mut self.asm;
+            a.load(H::RCX, M::gs(slot));
+            a.not(H::RCX);
+            a.lea(r, M { disp: 1, ..M::base_index(r, H::RCX) });
+        }
+        self.asm.mov_imm(H::GUEST_RCX, 0);
+        site
+    }
+
     /// REP MOVS and REP STOS by way of kernel mappings: the host's own instruction on the host's addresses. It goes through memory step by step, so
-    /// it faults before it can leave what is mapped. Slots 2 and 3 hold the distances, by which the signal handler turns the registers back.
+    /// it faults before it can leave what is mapped.
     fn string_rep_kernel(&mut self, i: &Instruction, movs: bool, size: u8) {
         let (slow, short, end) = (self.asm.label(), self.asm.label(), self.asm.label());
         self.asm.mov_imm(H::RCX, u64::from(STRING_SHIFT));
@@ -192,28 +207,12 @@ impl Translator<'_> {
         self.asm.jrcxz(short);
         self.asm.jmp(slow);
         self.asm.bind(short);
-        let operands = [(Some(H::RDI), off::TMP + 16), (movs.then_some(H::RSI), off::TMP + 24)];
-        for (r, slot) in operands {
-            if let Some(r) = r {
-                self.emit_kernel_distance(r);
-                self.asm.store(M::gs(slot), H::RCX);
-                self.asm.lea(r, M::base_index(r, H::RCX));
-            }
+        for (r, _, slot) in string_operands(movs) {
+            self.emit_kernel_distance(r);
+            self.asm.store(M::gs(slot), H::RCX);
+            self.asm.lea(r, M::base_index(r, H::RCX));
         }
-        self.asm.mov(H::RCX, H::GUEST_RCX);
-        let at = self.asm.pos();
-        self.asm.rep_string(movs, size);
-        let site = self.note_kernel_site(movs);
-        self.fault_site(at, FaultKind::String { site });
-        for (r, slot) in operands {
-            if let Some(r) = r {
-                let a = &mut self.asm;
-                a.load(H::RCX, M::gs(slot));
-                a.not(H::RCX);
-                a.lea(r, M { disp: 1, ..M::base_index(r, H::RCX) });
-            }
-        }
-        self.asm.mov_imm(H::GUEST_RCX, 0);
+        let site = self.string_on_host(movs, size);
         self.asm.bind(end);
         self.slow_strings.push(SlowString { site, slow, slow_flags: slow, end, instr: *i, flags_live: false });
     }
@@ -236,6 +235,11 @@ impl Translator<'_> {
             self.asm.jmp(s.end);
         }
     }
+}
+
+/// The operands of MOVS or STOS: their registers, as the host and the guest number them, and the slots for how far they are moved.
+fn string_operands(movs: bool) -> impl Iterator<Item = (H, usize, i32)> {
+    [Some((H::RDI, 7, off::TMP + 16)), movs.then_some((H::RSI, 6, off::TMP + 24))].into_iter().flatten()
 }
 
 /// A string instruction's way to Rust, to be emitted.

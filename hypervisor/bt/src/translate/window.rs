@@ -25,18 +25,18 @@ pub(crate) enum Region {
 }
 
 impl Region {
-    fn other(self) -> Self {
+    pub(super) fn other(self) -> Self {
         match self {
             Self::High => Self::Low,
             Self::Low => Self::High,
         }
     }
 
-    /// Where the state holds what to add to a guest address in the window to have the host's, and the other way round.
-    pub(super) fn distances(self) -> (i32, i32) {
+    /// Where the state holds what to add to a guest address in the window to have the host's.
+    pub(super) fn distance(self) -> i32 {
         match self {
-            Self::High => (off::HIGH_OFFSET, off::HIGH_BACK),
-            Self::Low => (off::LOW_OFFSET, off::LOW_BACK),
+            Self::High => off::HIGH_OFFSET,
+            Self::Low => off::LOW_OFFSET,
         }
     }
 
