@@ -39,11 +39,12 @@ use crate::state::{BtState, NO_MODE, Side};
 use crate::vcpu::{StateMemory, Windows};
 use high::Held;
 pub(crate) use high::{HIGH_SHIFT, High, reserve_at};
-use paravane_cpu::state::{cr4, efer};
-use paravane_cpu::{CpuState, Env, Reg, TlbFlush};
+use paravane_cpu::state::cr4;
+use paravane_cpu::{CpuState, Reg, TlbFlush};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tables::Table;
 use worth::{Cost, Verdict, Worth};
 
 /// An address belongs to the low window when this many bits shifted out leave 0.
@@ -75,6 +76,7 @@ pub(crate) const UNMAPPED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS
 const PAGE: u64 = 4096;
 
 mod high;
+mod tables;
 mod worth;
 
 /// Mode word of a jump cache that must not be used before pending pages are seen to.
@@ -99,24 +101,6 @@ struct Mapped {
     gpa: u64,
     writable: bool,
     /// Part of a 2 MiB page, which is flushed as a whole.
-    large: bool,
-}
-
-/// A page table: the address bits it serves, where it is, and what all above it permit.
-#[derive(Clone, Copy)]
-struct Table {
-    place: u64,
-    at: u64,
-    writable: bool,
-    executable: bool,
-}
-
-/// What the guest's page tables say about a page.
-#[derive(Clone, Copy)]
-struct Leaf {
-    gpa: u64,
-    writable: bool,
-    executable: bool,
     large: bool,
 }
 
@@ -687,50 +671,6 @@ impl Engine {
         self.check_code();
     }
 
-    /// What the current page tables let user code do with a page it has used before. Changes nothing. `cached` is the last
-    /// page table, with the address bits it serves.
-    fn leaf(&mut self, la: u64, cached: &mut Option<Table>) -> Option<Leaf> {
-        use paravane_cpu::mmu::pte::{A, D, NX, P, PS, RW, US};
-        let st = self.cpu();
-        if st.efer & efer::LMA == 0 {
-            return None;
-        }
-        let nx = |e: u64| e & NX != 0;
-        let reserved = |e: u64| nx(e) && st.efer & efer::NXE == 0;
-        let table = match *cached {
-            Some(t) if t.place == la >> 21 => t,
-            _ => {
-                let mut t = Table { place: la >> 21, at: st.cr3 & ADDRESS, writable: true, executable: true };
-                for shift in [39, 30, 21] {
-                    let e = self.read_pte(t.at + ((la >> shift) & 0x1ff) * 8, 8)?;
-                    if e & (P | US | A) != P | US | A || reserved(e) {
-                        return None;
-                    }
-                    t.writable &= e & RW != 0;
-                    t.executable &= !nx(e);
-                    if e & PS != 0 {
-                        let gpa = (e & ADDRESS & !0x1f_ffff) | (la & 0x1f_f000);
-                        let leaf =
-                            Leaf { gpa, writable: t.writable && e & D != 0, executable: t.executable, large: true };
-                        return (shift == 21).then_some(leaf);
-                    }
-                    t.at = e & ADDRESS;
-                }
-                *cached.insert(t)
-            }
-        };
-        let e = self.read_pte(table.at + ((la >> 12) & 0x1ff) * 8, 8)?;
-        if e & (P | US | A) != P | US | A || reserved(e) {
-            return None;
-        }
-        Some(Leaf {
-            gpa: e & ADDRESS,
-            writable: table.writable && e & (RW | D) == RW | D,
-            executable: table.executable && !nx(e),
-            large: false,
-        })
-    }
-
     /// The page of `la` was just walked for a user access that missed it here: maps it, with what is around it. False
     /// when that changes nothing, because no window covers it, or it is there already, or the host refuses.
     pub(crate) fn map_in_window(&mut self, la: u64, write: bool) -> bool {
@@ -789,6 +729,8 @@ impl Engine {
             return false;
         }
         self.stats.window_maps += 1;
+        let again = self.window.had.contains_key(&start);
+        self.window.cost.mapped(again);
         if head.large {
             self.window.large.insert(start >> 21, ());
         }

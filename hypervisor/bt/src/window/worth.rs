@@ -15,12 +15,12 @@ const CREDIT: Duration = Duration::from_millis(24);
 /// The longest time that one sample stands for; if it was longer, the vCPU was idle.
 const LONGEST: Duration = Duration::from_millis(10);
 
-/// A signal, a call of mmap, and the interrupts that changed mappings send to other CPUs, for a page that was mapped before.
-const AGAIN: u64 = 8000;
-/// The same for a page that comes for the first time: what it costs more than the soft TLB would have, and half of that.
-const FIRST: u64 = 2000;
-/// A call of mmap that takes something away.
-const CHANGE: u64 = 3000;
+/// A signal, and the interrupts that changed mappings send to other CPUs, for a page that was mapped before.
+const SIGNAL: u64 = 5000;
+/// A call of mmap.
+const CALL: u64 = 3000;
+/// Which part of that counts for pages that come for the first time.
+const FIRST: u64 = 4;
 /// A page that is compared with the page tables, and one that is unmapped with all others.
 const COMPARISON: u64 = 20;
 const CLEARANCE: u64 = 100;
@@ -32,12 +32,17 @@ pub(super) struct Cost(u64);
 impl Cost {
     /// A page was missing, which the process has had before, or not.
     pub(super) fn missed(&mut self, again: bool) {
-        self.0 += if again { AGAIN } else { FIRST };
+        self.0 += if again { SIGNAL } else { SIGNAL / FIRST };
+    }
+
+    /// Pages were mapped by one call, the first of which the process has had before, or not.
+    pub(super) fn mapped(&mut self, again: bool) {
+        self.0 += if again { CALL } else { CALL / FIRST };
     }
 
     /// Mappings were taken away or protected by one call.
     pub(super) fn changed(&mut self) {
-        self.0 += CHANGE;
+        self.0 += CALL;
     }
 
     /// So many pages were compared with something.
@@ -104,7 +109,10 @@ mod tests {
     /// What so many pages a tick cost.
     fn pages(count: u32, again: bool) -> Duration {
         let mut c = Cost::default();
-        (0..count).for_each(|_| c.missed(again));
+        for _ in 0..count {
+            c.missed(again);
+            c.mapped(again);
+        }
         c.time()
     }
 
