@@ -382,9 +382,9 @@ pub(crate) enum FaultKind {
     Window { site: u32, borrowed: Option<u8> },
     /// A REP string instruction on host addresses: [`Site::read`] if RSI takes part.
     String { site: u32 },
-    /// A poll of the request page before going to RIP.
+    /// A poll before going to RIP.
     Poll { rip: u64 },
-    /// A poll of the request page; the target is in RCX.
+    /// A poll; the target is in RCX, and R11 has where it goes.
     PollIndirect,
 }
 

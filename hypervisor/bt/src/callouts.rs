@@ -269,7 +269,8 @@ impl Engine {
         let st = self.cpu();
         let (rsi, rdi, count) = (st.gpr[Reg::Rsi as usize], st.gpr[Reg::Rdi as usize], st.gpr[Reg::Rcx as usize]);
         // Long ones come to Rust in any case.
-        count >> STRING_SHIFT == 0 && self.map_string_for_kernel(movs.then_some(rsi), rdi, i.ip(), block)
+        let whole = count.wrapping_mul(i.memory_size().size() as u64) >= 4096;
+        count >> STRING_SHIFT == 0 && self.map_string_for_kernel(movs.then_some(rsi), rdi, whole, i.ip(), block)
     }
 }
 

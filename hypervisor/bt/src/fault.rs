@@ -228,6 +228,12 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             st.fault_vector = POLL;
         }
         FaultKind::PollIndirect => {
+            if !paravane_cpu::mmu::is_canonical(regs[libc::REG_RCX as usize] as u64) {
+                // A branch that faults itself, where it stands on Intel's CPUs: it is let go, to leave word of itself. Rust sees to it, and
+                // to the request behind it.
+                regs[libc::REG_R11 as usize] = e.memory.poll_word() as i64;
+                return true;
+            }
             st.cpu.rip = regs[libc::REG_RCX as usize] as u64;
             st.fault_vector = POLL;
         }

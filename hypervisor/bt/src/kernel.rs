@@ -445,7 +445,15 @@ impl Engine {
     }
 
     /// Maps what a string instruction at `rip` is at; false when that changes nothing. If that goes on, it is kept from kernel mappings.
-    pub(crate) fn map_string_for_kernel(&mut self, from: Option<u64>, to: u64, rip: u64, block: BlockId) -> bool {
+    /// `whole` if it goes over a page or more.
+    pub(crate) fn map_string_for_kernel(
+        &mut self,
+        from: Option<u64>,
+        to: u64,
+        whole: bool,
+        rip: u64,
+        block: BlockId,
+    ) -> bool {
         if self.kernel.kept.contains_key(&rip) {
             return false;
         }
@@ -454,7 +462,7 @@ impl Engine {
         let written = self.map_kernel_page(to, true);
         let done = written == Missing::Mapped || read == Some(Missing::Mapped);
         // Who clears or copies pages comes across pages that code was in; the next one is another.
-        if !done && written != Missing::Code {
+        if !done && !(whole && written == Missing::Code) {
             self.keep_from_kernel(rip, block, written.weight());
         }
         done

@@ -86,12 +86,12 @@ fn relocate(code: &mut [u8], relocs: &[Reloc], by: Change) {
             Reloc::MinusRip(_) => Some(by.rip.wrapping_neg()),
             _ => None,
         } {
-            let Some(bytes) = code.get_mut(at..at + 8) else { continue };
+            let bytes = &mut code[at..at + 8];
             let old = bytes.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
             bytes.copy_from_slice(&old.wrapping_add(add).to_le_bytes());
             continue;
         }
-        let Some(bytes) = code.get_mut(at..at + 4) else { continue };
+        let bytes = &mut code[at..at + 4];
         let old = bytes.iter().rev().fold(0, |v, &b| v << 8 | u32::from(b));
         let new = match r {
             Reloc::Site(_) => old.wrapping_add(by.sites),

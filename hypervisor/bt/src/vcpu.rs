@@ -160,7 +160,7 @@ impl StateMemory {
     }
 
     /// The address that polls go to while nobody wants anything.
-    fn poll_word(&self) -> u64 {
+    pub(crate) fn poll_word(&self) -> u64 {
         self.ptr() as u64 + offset_of!(BtState, poll_word) as u64
     }
 

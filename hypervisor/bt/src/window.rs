@@ -688,6 +688,7 @@ impl Engine {
             return false;
         };
         if self.window.pages.get(&page) == Some(&wanted) {
+            self.window.cost.missed(true);
             return false;
         }
         self.window.miss(page);

@@ -6,6 +6,8 @@
 use super::guest::*;
 use paravane_bt::Windows;
 use paravane_cpu::Reg;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 const GENERAL_PROTECTION: u64 = 13;
 
@@ -74,5 +76,57 @@ fn branches_to_addresses_that_are_not_canonical_fault_where_the_cpu_does() {
                 run(&mut g, target);
             }
         }
+    }
+}
+
+/// The same while somebody wants the vCPU all the time: the poll that a branch makes on its way must not take it to where it cannot go.
+#[test]
+fn kicks_do_not_move_the_fault() {
+    if !std::fs::read_to_string("/proc/cpuinfo").unwrap().contains("GenuineIntel") {
+        eprintln!("skipped: this host's CPU raises the fault at the target");
+        return;
+    }
+    let mut polls = 0;
+    for (policy, base) in [(Windows::Off, LOW), (Windows::Always, HIGH)] {
+        for (name, code) in branches() {
+            let mut g = Guest::new(policy, base, code);
+            let ram = g.ram.clone();
+            g.set_hook(move |e| {
+                if let Event::Fault(f) = e {
+                    ram.put(Fault::RIP, f.rdx);
+                }
+            });
+            let (kick, done) = (g.vcpu.kick_handle(), AtomicBool::new(false));
+            let done = &done;
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    let mut pause = 0;
+                    while !done.load(Ordering::Relaxed) {
+                        kick.kick();
+                        pause = (pause + 37) % 500;
+                        (0..pause).for_each(|_| std::hint::spin_loop());
+                    }
+                });
+                let _end = Ending(done);
+                let began = Instant::now();
+                while began.elapsed() < Duration::from_millis(30) {
+                    g.run(&[(Reg::R8, 0x1234_5678_9abc_def0), (Reg::R9, base + DATA)]);
+                    let faults = g.faults();
+                    let seen: Vec<_> = faults.iter().map(|f| (f.vector, f.error, f.rip, f.rsp)).collect();
+                    assert_eq!(seen, [(GENERAL_PROTECTION, 0, faults[0].rsi, faults[0].rdi)], "{name}");
+                }
+            });
+            polls += g.counter("poll exits");
+        }
+    }
+    assert!(polls > 0, "no kick came in between");
+}
+
+/// Ends the kicks, however the test ends.
+struct Ending<'a>(&'a AtomicBool);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
