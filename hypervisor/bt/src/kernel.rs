@@ -462,7 +462,8 @@ impl Engine {
         let written = self.map_kernel_page(to, true);
         let done = written == Missing::Mapped || read == Some(Missing::Mapped);
         // Who clears or copies pages comes across pages that code was in; the next one is another.
-        if !done && !(whole && written == Missing::Code) {
+        let excused = whole && written == Missing::Code;
+        if !(done || excused) {
             self.keep_from_kernel(rip, block, written.weight());
         }
         done
