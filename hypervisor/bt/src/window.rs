@@ -312,6 +312,31 @@ impl Window {
         }
     }
 
+    /// Unmaps pages, neighbours by one call: each interrupts other CPUs that run this process.
+    fn drop_pages(&mut self, mut pages: Vec<u64>) {
+        pages.sort_unstable();
+        let mut run = (0, 0);
+        for la in pages {
+            if self.large.contains_key(&(la >> 21)) {
+                self.drop_page(la);
+            } else if self.pages.remove(&la).is_some() {
+                if run.0 + run.1 * PAGE != la || la >> 21 != run.0 >> 21 {
+                    self.drop_run(run);
+                    run = (la, 0);
+                }
+                run.1 += 1;
+            }
+        }
+        self.drop_run(run);
+    }
+
+    /// Unmaps so many pages that are forgotten already.
+    fn drop_run(&mut self, (la, count): (u64, u64)) {
+        if count > 0 {
+            self.change(la, count, None);
+        }
+    }
+
     /// Takes write access from every mapping of a guest-physical page.
     fn protect(&mut self, gpa: u64, ram: &Ram) {
         // Pages that become code were hardly ever mapped to be written, and looking through all takes long.
@@ -635,6 +660,7 @@ impl Engine {
 
     /// Maps, maps anew or unmaps what is pending.
     fn see_to_pending(&mut self) {
+        let mut gone = Vec::new();
         for page in std::mem::take(&mut self.window.pending) {
             self.window.miss(page);
             let mut cached = None;
@@ -647,9 +673,10 @@ impl Engine {
                         self.window.clear();
                     }
                 }
-                _ => self.window.drop_page(page),
+                _ => gone.push(page),
             }
         }
+        self.window.drop_pages(gone);
     }
 
     /// Compares what is mapped with the page tables and unmaps what is no longer so.
@@ -659,15 +686,16 @@ impl Engine {
         self.stats.window_checks += 1;
         let mut all: Vec<(u64, Mapped)> = self.window.pages.iter().map(|(&la, &m)| (la, m)).collect();
         all.sort_unstable_by_key(|p| p.0);
-        let mut cached = None;
+        let (mut cached, mut gone) = (None, Vec::new());
         for (la, m) in all {
             let good = self
                 .leaf(la, &mut cached)
                 .is_some_and(|l| l.gpa == m.gpa && (l.writable || !m.writable) && l.large == m.large);
             if !good {
-                self.window.drop_page(la);
+                gone.push(la);
             }
         }
+        self.window.drop_pages(gone);
         self.check_code();
     }
 
