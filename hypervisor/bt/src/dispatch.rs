@@ -15,6 +15,8 @@ use std::time::Instant;
 pub(crate) const EXIT_RESYNC: u64 = 0;
 /// A host signal in translated code; the state says which.
 pub(crate) const EXIT_FAULT: u64 = 1;
+/// A poll found a request.
+pub(crate) const EXIT_POLL: u64 = 2;
 
 impl Engine {
     pub(crate) fn dispatch(&mut self) -> Result<VcpuExit, BtError> {
@@ -66,8 +68,10 @@ impl Engine {
             // SAFETY: the GS base was set above, and `target` is a live block's entry.
             let code = unsafe { thunks::enter(target) };
             self.memory.leave();
-            if code == EXIT_FAULT {
-                self.host_fault();
+            match code {
+                EXIT_FAULT => self.host_fault(),
+                EXIT_POLL => self.note_poll(),
+                _ => {}
             }
         }
     }
@@ -188,16 +192,18 @@ impl Engine {
         self.profile.back(before);
     }
 
+    /// A poll brought the vCPU out.
+    fn note_poll(&mut self) {
+        self.stats.polls += 1;
+        self.polled = Some(Instant::now());
+        self.memory.acknowledge();
+    }
+
     /// A signal handler left translated code; the state says what happened.
     fn host_fault(&mut self) {
         let sh = self.shared();
         let exc = match sh.fault_vector {
-            fault::POLL => {
-                self.stats.polls += 1;
-                self.polled = Some(Instant::now());
-                self.memory.acknowledge();
-                return;
-            }
+            fault::POLL => return self.note_poll(),
             0 => Exception::DivideError,
             4 => Exception::Overflow,
             5 => Exception::BoundRange,

@@ -6,7 +6,7 @@
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
 use super::{RawExit, Translator};
-use crate::asm::{Asm, Base, H, Label, M, Reloc};
+use crate::asm::{Asm, Base, H, Label, M, Reloc, cc};
 use crate::block::{Action, FaultKind, Mode, NO_CALLOUT};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::{Thunk, jump_index, off};
@@ -21,6 +21,14 @@ impl Translator<'_> {
     /// Polls on the way to a known RIP: reads by way of the pointer that leads nowhere when the vCPU must come out. Clobbers RCX, and leaves R11
     /// as it was.
     fn poll_before(&mut self, target: u64) {
+        if self.flags_free_at == Some(target) {
+            // Looking for the request itself takes one load less.
+            let asked = self.asm.label();
+            self.asm.cmp32_mem_imm_flags(M::gs(off::REQUEST), 0);
+            self.asm.jcc(cc::NE, asked);
+            self.polled.push((asked, target));
+            return;
+        }
         let near = i32::try_from(target.wrapping_sub(self.start_rip) as i64).is_ok();
         if near {
             self.asm.load(H::RCX, M::gs(off::POLL_AT));
@@ -36,6 +44,17 @@ impl Translator<'_> {
             self.asm.load32(H::R11, M::base(H::R11, 0));
             self.fault_site(at, FaultKind::PollIndirect);
             self.asm.load(H::R11, M::gs(off::TMP));
+        }
+    }
+
+    /// Behind the block: polls that found a request.
+    pub(super) fn emit_polled(&mut self) {
+        for (label, target) in std::mem::take(&mut self.polled) {
+            self.asm.bind(label);
+            self.asm.mov_rip(H::RCX, target);
+            self.asm.store(M::gs(off::RIP), H::RCX);
+            self.asm.mov_imm(H::R11, crate::dispatch::EXIT_POLL);
+            self.asm.jmp_mem(M::gs(Thunk::Exit.offset()));
         }
     }
 

@@ -110,6 +110,10 @@ pub(crate) struct Translator<'a> {
     other_returns: Vec<(crate::asm::Label, Instruction)>,
     slow_strings: Vec<string::SlowString>,
     slow_runs: Vec<runs::SlowRun>,
+    /// Where the block's last branch leads back to, if no flag is live there.
+    flags_free_at: Option<u64>,
+    /// Polls that found a request: to be emitted, with where they were going.
+    polled: Vec<(crate::asm::Label, u64)>,
     /// Stubs that go to the lookup: label, callout, which lookup.
     lookups: Vec<(crate::asm::Label, u32, Thunk)>,
     /// Exit stubs to be emitted: (exit, label).
@@ -199,6 +203,8 @@ impl<'a> Translator<'a> {
             other_returns: Vec::new(),
             slow_strings: Vec::new(),
             slow_runs: Vec::new(),
+            flags_free_at: None,
+            polled: Vec::new(),
             lookups: Vec::new(),
             stubs: Vec::new(),
         }
@@ -208,7 +214,13 @@ impl<'a> Translator<'a> {
     /// them may be looked at.
     pub(crate) fn translate(self, code: &[Instruction], mut peek: Option<Peek<'_>>, door: bool) -> Translated {
         let live = flag_liveness(code, peek.as_mut());
-        let mut done = self.emit(code, &live, door);
+        let mut this = self;
+        this.flags_free_at = peek.as_mut().zip(code.last()).and_then(|(p, i)| {
+            let direct = matches!(classify(i.code()), Class::Jcc | Class::JmpDirect | Class::CallDirect);
+            let target = i.near_branch_target();
+            (direct && target <= i.ip() && p.none_live_at(target)).then_some(target)
+        });
+        let mut done = this.emit(code, &live, door);
         done.seen = peek.map_or(0..0, Peek::seen);
         done
     }
@@ -306,6 +318,7 @@ impl<'a> Translator<'a> {
         self.emit_slow_strings();
         self.emit_far_sides();
         self.emit_lost_stacks();
+        self.emit_polled();
         self.emit_other_returns();
         self.emit_stubs();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;

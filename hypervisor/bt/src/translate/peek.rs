@@ -36,6 +36,11 @@ impl<'a> Peek<'a> {
         self.seen
     }
 
+    /// Whether no flag is live at `rip`.
+    pub(super) fn none_live_at(&mut self, rip: u64) -> bool {
+        self.live_at(rip, DEEP) == 0
+    }
+
     fn note(&mut self, from: usize, to: usize) {
         let (from, to) = (from as u16, to as u16);
         self.seen = if self.seen.is_empty() { from..to } else { self.seen.start.min(from)..self.seen.end.max(to) };
