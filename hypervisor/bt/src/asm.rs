@@ -135,21 +135,6 @@ pub(crate) enum Reloc {
     Door(u32, u32),
 }
 
-impl Reloc {
-    /// Where it is.
-    pub(crate) fn at(self) -> usize {
-        let (Self::Rip(at)
-        | Self::MinusRip(at)
-        | Self::Site(at)
-        | Self::Callout(at)
-        | Self::Exit(at)
-        | Self::ToCold(at)
-        | Self::ToHot(at)
-        | Self::Door(at, _)) = self;
-        at as usize
-    }
-}
-
 /// Condition codes of Jcc, as in the low four opcode bits.
 #[allow(dead_code)]
 pub(crate) mod cc {
@@ -221,22 +206,32 @@ impl Asm {
 
     /// As [`Self::mov_imm`], of an address that is as far from RIP wherever the code is; where it does not take 64 bits, there can be no copy.
     pub(crate) fn mov_rip(&mut self, d: H, v: u64) {
-        self.mov_moving(d, v, Reloc::Rip);
+        if !self.mov_moving(d, v, Reloc::Rip) {
+            self.pin();
+        }
     }
 
     /// The same of such an address's negation or complement.
     pub(crate) fn mov_minus_rip(&mut self, d: H, v: u64) {
-        self.mov_moving(d, v, Reloc::MinusRip);
-    }
-
-    fn mov_moving(&mut self, d: H, v: u64, kind: fn(u32) -> Reloc) {
-        let before = self.pos();
-        self.mov_imm(d, v);
-        if self.pos() - before == 10 {
-            self.reloc(kind(self.pos() - 8));
-        } else {
+        if !self.mov_moving(d, v, Reloc::MinusRip) {
             self.pin();
         }
+    }
+
+    /// As [`Self::mov_imm`], of such an address if it takes 64 bits, and of a constant otherwise.
+    pub(crate) fn mov_rip_or_short(&mut self, d: H, v: u64) {
+        self.mov_moving(d, v, Reloc::Rip);
+    }
+
+    /// Whether it took 64 bits, and is noted.
+    fn mov_moving(&mut self, d: H, v: u64, kind: fn(u32) -> Reloc) -> bool {
+        let before = self.pos();
+        self.mov_imm(d, v);
+        let long = self.pos() - before == 10;
+        if long {
+            self.reloc(kind(self.pos() - 8));
+        }
+        long
     }
 
     /// `mov r11d, n`, the number of a site.

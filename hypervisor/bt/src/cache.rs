@@ -46,6 +46,11 @@ impl Placed {
         self.cold - self.hot - self.hot_len
     }
 
+    /// Whether a cache offset is in the hot part.
+    pub(crate) fn is_hot(self, at: u32) -> bool {
+        (self.hot..self.hot_end()).contains(&at)
+    }
+
     /// Cache offset behind the hot part.
     pub(crate) fn hot_end(self) -> u32 {
         self.hot + self.hot_len
@@ -53,17 +58,12 @@ impl Placed {
 
     /// The offset in the block as it was assembled of a place in it.
     pub(crate) fn inverse(self, at: u32) -> u32 {
-        if at >= self.cold { self.cold_offset(at) } else { at - self.hot }
+        if at >= self.cold { at - self.cold + self.hot_len } else { at - self.hot }
     }
 
     #[cfg(test)]
     pub(crate) fn new(hot: u32, hot_len: u32, cold: u32) -> Self {
         Self { hot, cold, hot_len }
-    }
-
-    /// Offset in the block as it was assembled of a place in its cold part.
-    pub(crate) fn cold_offset(self, at: u32) -> u32 {
-        at - self.cold + self.hot_len
     }
 }
 

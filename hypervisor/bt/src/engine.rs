@@ -433,7 +433,7 @@ impl Engine {
         let n =
             blocks.partition_point(|b| if cold { b.placed.cold <= at } else { b.placed.hot <= at }).checked_sub(1)?;
         let b = &blocks[n];
-        let inside = if cold { b.placed.cold_offset(at) } else { at - b.placed.hot };
+        let inside = b.placed.inverse(at);
         let faults = &self.tables.faults[b.faults.start as usize..b.faults.end as usize];
         let f = faults.iter().find(|f| f.at == inside)?;
         Some((f.kind(b.key.rip), b.key.rip))

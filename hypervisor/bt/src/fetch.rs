@@ -412,7 +412,7 @@ impl Engine {
         for x in &t.exits {
             self.tables.exits.push(x.place(id, placed));
         }
-        self.tables.blocks.push(Block {
+        let block = Block {
             key,
             guest_len: t.guest_len,
             seen: t.seen,
@@ -424,22 +424,30 @@ impl Engine {
             exits: first.exits..self.tables.exits.len() as u32,
             faults: first.faults..self.tables.faults.len() as u32,
             live: !key.mode.alone(),
-        });
+        };
+        self.stats.blocks += 1;
+        let len = self.asm.pos();
+        self.add_block(block, t.instructions, len, began);
+        self.keep_pattern(id, first, t.instructions);
+        Ok(Some(id))
+    }
+
+    /// Enters a block whose code is in place, of so many guest instructions and `len` bytes; its making began at `began`.
+    pub(crate) fn add_block(&mut self, b: Block, instructions: u32, len: u32, began: Instant) {
+        let id = self.tables.blocks.len() as BlockId;
+        let (key, guest_len, second, live) = (b.key, b.guest_len, b.second_page, b.live);
+        self.tables.blocks.push(b);
         self.name_block(id);
-        if !key.mode.alone() {
-            self.keep_pattern(id, first, t.door, t.entry, t.instructions);
+        if live {
             self.map.insert(key, id);
-            self.watch_page(key.gpa & !0xfff, id);
-            if let Some(p) = *second_page {
-                self.watch_page(p, id);
+            for page in [Some(key.gpa & !0xfff), second].into_iter().flatten() {
+                self.watch_page(page, id);
             }
         }
-        self.stats.blocks += 1;
-        self.stats.instructions += u64::from(t.instructions);
-        self.stats.guest_bytes += u64::from(t.guest_len);
-        self.stats.code_bytes += self.asm.buf.len() as u64;
+        self.stats.instructions += u64::from(instructions);
+        self.stats.guest_bytes += u64::from(guest_len);
+        self.stats.code_bytes += u64::from(len);
         self.stats.translate_ns += began.elapsed().as_nanos() as u64;
-        Ok(Some(id))
     }
 
     /// Links exit `exit` to the block that was just entered at host address `target`, if that is allowed to last.

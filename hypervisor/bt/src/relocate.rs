@@ -9,9 +9,10 @@
 //! the copy inherits.
 
 use crate::asm::Reloc;
-use crate::block::{Block, BlockId, Callout, Exit, FaultSite, Key, Mode, NO_DOOR, NO_EXIT, Site, Tables};
+use crate::block::{Block, BlockId, Callout, FaultSite, Key, Mode, NO_DOOR, NO_EXIT, Site, Tables};
 use crate::engine::Engine;
-use crate::state::JC_MASK;
+use crate::state::{JC_ENTRIES, jump_index};
+use crate::translate::RawExit;
 use crate::window::High;
 use iced_x86::{Instruction, OpKind, Register};
 use std::ops::Range;
@@ -25,8 +26,6 @@ pub(crate) struct Pattern {
     block: BlockId,
     /// Length of the code as it was assembled.
     len: u32,
-    entry: u32,
-    door: Option<u32>,
     instructions: u32,
     sites: Range<u32>,
     callouts: Range<u32>,
@@ -77,36 +76,40 @@ fn anywhere(key: Key) -> Key {
     Key { rip: 0, ..key }
 }
 
+/// So many bytes of a block's code.
+fn bytes<const N: usize>(code: &mut [u8], at: u32) -> &mut [u8; N] {
+    code[at as usize..].first_chunk_mut().expect("what a copy changes lies in its block")
+}
+
+fn add64(code: &mut [u8], at: u32, n: u64) {
+    let b = bytes(code, at);
+    *b = u64::from_le_bytes(*b).wrapping_add(n).to_le_bytes();
+}
+
+fn add32(code: &mut [u8], at: u32, n: u32) {
+    let b = bytes(code, at);
+    *b = u32::from_le_bytes(*b).wrapping_add(n).to_le_bytes();
+}
+
 /// Changes a copy of a block's code.
 fn relocate(code: &mut [u8], relocs: &[Reloc], by: Change) {
     for &r in relocs {
-        let at = r.at();
-        if let Some(add) = match r {
-            Reloc::Rip(_) => Some(by.rip),
-            Reloc::MinusRip(_) => Some(by.rip.wrapping_neg()),
-            _ => None,
-        } {
-            let bytes = &mut code[at..at + 8];
-            let old = bytes.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b));
-            bytes.copy_from_slice(&old.wrapping_add(add).to_le_bytes());
-            continue;
-        }
-        let bytes = &mut code[at..at + 4];
-        let old = bytes.iter().rev().fold(0, |v, &b| v << 8 | u32::from(b));
-        let new = match r {
-            Reloc::Site(_) => old.wrapping_add(by.sites),
-            Reloc::Callout(_) => old.wrapping_add(by.callouts),
-            Reloc::Exit(_) => old.wrapping_add(by.exits),
-            Reloc::ToCold(_) => old.wrapping_add(by.cold),
-            Reloc::ToHot(_) => old.wrapping_sub(by.cold),
-            Reloc::Door(_, first) => {
-                let offset = old.wrapping_sub(first);
-                let moved = u64::from(offset) / 2 + (by.rip & JC_MASK);
-                first.wrapping_add((moved & JC_MASK) as u32 * 2)
+        match r {
+            Reloc::Rip(at) => add64(code, at, by.rip),
+            Reloc::MinusRip(at) => add64(code, at, by.rip.wrapping_neg()),
+            Reloc::Site(at) => add32(code, at, by.sites),
+            Reloc::Callout(at) => add32(code, at, by.callouts),
+            Reloc::Exit(at) => add32(code, at, by.exits),
+            Reloc::ToCold(at) => add32(code, at, by.cold),
+            Reloc::ToHot(at) => add32(code, at, by.cold.wrapping_neg()),
+            Reloc::Door(at, first) => {
+                let b = bytes(code, at);
+                let old = (u32::from_le_bytes(*b) - first) as usize / size_of::<u64>();
+                // The distance is a number of whole pages: it does not touch the bits of RIP that no index has.
+                let new = (old + jump_index(by.rip)) % JC_ENTRIES;
+                *b = (first + (new * size_of::<u64>()) as u32).to_le_bytes();
             }
-            Reloc::Rip(_) | Reloc::MinusRip(_) => old,
-        };
-        bytes.copy_from_slice(&new.to_le_bytes());
+        }
     }
 }
 
@@ -124,14 +127,7 @@ fn moved(mut i: Instruction, by: u64) -> Instruction {
 
 impl Engine {
     /// A block was translated whose code may be copied: keeps what that takes. The assembler still has it.
-    pub(crate) fn keep_pattern(
-        &mut self,
-        id: BlockId,
-        first: Firsts,
-        door: Option<u32>,
-        entry: u32,
-        instructions: u32,
-    ) {
+    pub(crate) fn keep_pattern(&mut self, id: BlockId, first: Firsts, instructions: u32) {
         let b = &self.tables.blocks[id as usize];
         if b.second_page.is_some() {
             return;
@@ -143,8 +139,6 @@ impl Engine {
         let pattern = Pattern {
             block: id,
             len: self.asm.pos(),
-            entry,
-            door,
             instructions,
             sites: first.sites..t.sites.len() as u32,
             callouts: first.callouts..t.callouts.len() as u32,
@@ -165,7 +159,9 @@ impl Engine {
             return None;
         }
         let (from, faults, seen, guest_len) = (old.placed, old.faults.clone(), old.seen.clone(), old.guest_len);
-        let (old_exits, old_rip) = (old.exits.clone(), old.key.rip);
+        let (old_exits, old_rip, old_entry) = (old.exits.clone(), old.key.rip, old.entry);
+        // A door elsewhere is the other one's alone.
+        let old_door = Some(old.door).filter(|&at| from.is_hot(at));
         let t = &mut self.tables;
         let id = t.blocks.len() as BlockId;
         let first = Firsts::of(t);
@@ -194,43 +190,35 @@ impl Engine {
             let copy: FaultSite = t.faults[n as usize].renumbered(by.sites);
             t.faults.push(copy);
         }
-        let place = |at: u32| placed.offset(from.inverse(at));
         for n in old_exits {
             let x = &t.exits[n as usize];
-            let copy = Exit {
-                block: id,
+            let copy = RawExit {
                 target_rip: x.target_rip.wrapping_add(by.rip),
                 target_mode: x.target_mode,
-                patch: place(x.patch),
-                stub: place(x.stub),
-                linked: None,
-                next: NO_EXIT,
-            };
+                patch: from.inverse(x.patch),
+                stub: from.inverse(x.stub),
+            }
+            .place(id, placed);
             // The other one may be linked.
             self.code.patch(copy.patch, copy.stub);
             t.exits.push(copy);
         }
-        t.blocks.push(Block {
+        let block = Block {
             key,
             guest_len,
             seen,
             second_page: None,
             placed,
-            entry: placed.offset(p.entry),
-            door: p.door.map_or(NO_DOOR, |at| placed.offset(at)),
+            entry: placed.offset(from.inverse(old_entry)),
+            door: old_door.map_or(NO_DOOR, |at| placed.offset(from.inverse(at))),
             incoming: NO_EXIT,
             exits: first.exits..t.exits.len() as u32,
             faults: first.faults..t.faults.len() as u32,
             live: true,
-        });
+        };
         self.stats.copied += 1;
-        self.stats.instructions += u64::from(p.instructions);
-        self.stats.guest_bytes += u64::from(guest_len);
-        self.stats.code_bytes += u64::from(p.len);
-        self.name_block(id);
-        self.map.insert(key, id);
-        self.watch_page(key.gpa & !0xfff, id);
-        self.stats.translate_ns += began.elapsed().as_nanos() as u64;
+        let (instructions, len) = (p.instructions, p.len);
+        self.add_block(block, instructions, len, began);
         Some(id)
     }
 }

@@ -178,12 +178,8 @@ impl Translator<'_> {
         match (ea.base.map(home), ea.index.map(|(n, s)| (home(n), s))) {
             (None, None) => {
                 let v = if ea.bits == 64 { ea.disp as u64 } else { u64::from(ea.disp as u32) };
-                if v >> 32 == 0 || i64::from(v as i32) == v as i64 {
-                    a.mov_imm(H::RCX, v);
-                } else {
-                    // Other constants of that size are pinned.
-                    a.mov_rip(H::RCX, v);
-                }
+                // Other addresses of 64 bits are pinned.
+                a.mov_rip_or_short(H::RCX, v);
             }
             (Some(Home::Host(b)), None) => {
                 if disp == 0 {
@@ -391,7 +387,7 @@ impl Translator<'_> {
             }
             if let MemOp::Store(Value::Imm(v), 8) = s.op {
                 // A call's return address is needed once more.
-                self.mov_stored(H::R11, v);
+                self.asm.mov_rip_or_short(H::R11, v);
             }
             self.asm.jmp(s.done);
         }
@@ -425,7 +421,8 @@ impl Translator<'_> {
                         };
                         match *v {
                             Value::Gs(o) => self.asm.load(t, M::gs(o)),
-                            Value::Imm(v) => self.mov_stored(t, v),
+                            // No instruction stores other constants of 64 bits.
+                            Value::Imm(v) => self.asm.mov_rip_or_short(t, v),
                             Value::Reg(_) => unreachable!("registers are handled above"),
                         }
                         self.store_at(loc, m, t, *size);
@@ -451,11 +448,6 @@ impl Translator<'_> {
                 }
             }
         }
-    }
-
-    /// Loads a constant that is stored: an address made from RIP if it takes 64 bits, for no instruction stores others of that size.
-    fn mov_stored(&mut self, t: H, v: u64) {
-        if v >> 32 == 0 || i64::from(v as i32) == v as i64 { self.asm.mov_imm(t, v) } else { self.asm.mov_rip(t, v) }
     }
 
     fn store_at(&mut self, loc: Loc, m: M, r: H, size: u8) {

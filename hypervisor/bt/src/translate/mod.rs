@@ -212,15 +212,14 @@ impl<'a> Translator<'a> {
 
     /// Translates decoded instructions, with a door for indirect jumps if `door` says so. `peek` is the page they are in, if what follows
     /// them may be looked at.
-    pub(crate) fn translate(self, code: &[Instruction], mut peek: Option<Peek<'_>>, door: bool) -> Translated {
-        let live = flag_liveness(code, peek.as_mut());
-        let mut this = self;
-        this.flags_free_at = peek.as_mut().zip(code.last()).and_then(|(p, i)| {
+    pub(crate) fn translate(mut self, code: &[Instruction], mut peek: Option<Peek<'_>>, door: bool) -> Translated {
+        self.flags_free_at = peek.as_mut().zip(code.last()).and_then(|(p, i)| {
             let direct = matches!(classify(i.code()), Class::Jcc | Class::JmpDirect | Class::CallDirect);
             let target = i.near_branch_target();
             (direct && target <= i.ip() && p.none_live_at(target)).then_some(target)
         });
-        let mut done = this.emit(code, &live, door);
+        let live = flag_liveness(code, peek.as_mut());
+        let mut done = self.emit(code, &live, door);
         done.seen = peek.map_or(0..0, Peek::seen);
         done
     }

@@ -21,6 +21,8 @@ pub(crate) struct Peek<'a> {
     bytes: &'a [u8],
     base: u64,
     seen: Range<u16>,
+    /// A RIP, and the flags that are live there.
+    back: Option<(u64, u32)>,
     /// The code runs in ring 0.
     kernel: bool,
 }
@@ -28,7 +30,7 @@ pub(crate) struct Peek<'a> {
 impl<'a> Peek<'a> {
     /// `bytes` are the whole page that begins at RIP `base`.
     pub(crate) fn new(bytes: &'a [u8], base: u64, kernel: bool) -> Self {
-        Self { bytes, base, seen: 0..0, kernel }
+        Self { bytes, base, seen: 0..0, back: None, kernel }
     }
 
     /// What was looked at.
@@ -36,9 +38,19 @@ impl<'a> Peek<'a> {
         self.seen
     }
 
-    /// Whether no flag is live at `rip`.
+    /// Whether no flag is live at `rip`, where the block's last branch leads back to; that is asked once more for the block itself.
     pub(super) fn none_live_at(&mut self, rip: u64) -> bool {
-        self.live_at(rip, DEEP) == 0
+        let live = self.live_at(rip, DEEP);
+        self.back = Some((rip, live));
+        live == 0
+    }
+
+    /// The flags that are live where the block goes on.
+    fn ahead(&mut self, rip: u64) -> u32 {
+        match self.back {
+            Some((at, live)) if at == rip => live,
+            _ => self.live_at(rip, DEEP),
+        }
     }
 
     fn note(&mut self, from: usize, to: usize) {
@@ -88,7 +100,7 @@ impl<'a> Peek<'a> {
 pub(super) fn flag_liveness(code: &[Instruction], mut peek: Option<&mut Peek<'_>>) -> Vec<bool> {
     let mut out = vec![true; code.len()];
     let kernel = peek.as_ref().is_some_and(|p| p.kernel);
-    let mut ahead = |rip: u64| peek.as_mut().map_or(ALL, |p| p.live_at(rip, DEEP));
+    let mut ahead = |rip: u64| peek.as_mut().map_or(ALL, |p| p.ahead(rip));
     let mut live = ALL;
     for (n, i) in code.iter().enumerate().rev() {
         let last = n + 1 == code.len();

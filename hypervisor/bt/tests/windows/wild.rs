@@ -42,19 +42,25 @@ wild! {
     return_dropping: "push r8", "2: ret 16";
 }
 
+/// A guest whose kernel goes on at RDX when there was a fault.
+fn guest(policy: Windows, base: u64, code: &[u8]) -> Guest {
+    let g = Guest::new(policy, base, code);
+    let ram = g.ram.clone();
+    g.set_hook(move |e| {
+        if let Event::Fault(f) = e {
+            ram.put(Fault::RIP, f.rdx);
+        }
+    });
+    g
+}
+
 /// The fault is raised where the host's vendor raises it, and the stack pointer is what it was.
 #[test]
 fn branches_to_addresses_that_are_not_canonical_fault_where_the_cpu_does() {
     let at_branch = std::fs::read_to_string("/proc/cpuinfo").unwrap().contains("GenuineIntel");
     for (policy, base) in [(Windows::Off, LOW), (Windows::Always, LOW), (Windows::Always, HIGH)] {
         for (name, code) in branches() {
-            let mut g = Guest::new(policy, base, code);
-            let ram = g.ram.clone();
-            g.set_hook(move |e| {
-                if let Event::Fault(f) = e {
-                    ram.put(Fault::RIP, f.rdx);
-                }
-            });
+            let mut g = guest(policy, base, code);
             let run = |g: &mut Guest, target: u64| {
                 let gpr = g.run(&[(Reg::R8, target), (Reg::R9, base + DATA)]);
                 let faults = g.faults();
@@ -89,13 +95,7 @@ fn kicks_do_not_move_the_fault() {
     let mut polls = 0;
     for (policy, base) in [(Windows::Off, LOW), (Windows::Always, HIGH)] {
         for (name, code) in branches() {
-            let mut g = Guest::new(policy, base, code);
-            let ram = g.ram.clone();
-            g.set_hook(move |e| {
-                if let Event::Fault(f) = e {
-                    ram.put(Fault::RIP, f.rdx);
-                }
-            });
+            let mut g = guest(policy, base, code);
             let (kick, done) = (g.vcpu.kick_handle(), AtomicBool::new(false));
             let done = &done;
             std::thread::scope(|s| {
