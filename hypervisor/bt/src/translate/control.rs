@@ -522,25 +522,30 @@ impl Translator<'_> {
     pub(crate) fn lea(&mut self, i: &Instruction) {
         let Some((n, w)) = gpr_of(i.op0_register()) else { return };
         let ea = Ea::of(i, self.mode);
-        // A plain 64-bit form with everything in host registers stays one instruction.
-        let in_host = |g: Option<usize>| g.is_none_or(|g| matches!(home(g), Home::Host(_)));
-        if let (64, Width::B64, Home::Host(d)) = (ea.bits, w, home(n))
-            && ea.base.is_some()
-            && in_host(ea.base)
-            && in_host(ea.index.map(|x| x.0))
-        {
-            let host = |g: usize| match home(g) {
-                Home::Host(h) => h,
-                Home::Spilled(_) => unreachable!("checked above"),
-            };
+        // All but a word is one instruction, the loads of registers that live in memory apart.
+        if matches!(w, Width::B32 | Width::B64) && ea.bits != 16 && (ea.base.is_some() || ea.index.is_some()) {
             let m = M {
-                base: ea.base.map(host),
-                index: ea.index.map(|(x, s)| (host(x), s)),
+                base: ea.base.map(|g| self.in_host(g, H::R11)),
+                index: ea.index.map(|(g, s)| (self.in_host(g, H::RCX), s)),
                 disp: ea.disp as i32,
                 seg: Base::Host,
             };
-            self.asm.lea(d, m);
+            let d = match home(n) {
+                Home::Host(d) => d,
+                Home::Spilled(_) => H::RCX,
+            };
+            if w == Width::B64 && ea.bits == 64 {
+                self.asm.lea(d, m);
+            } else {
+                self.asm.lea32(d, m);
+            }
+            if let Home::Spilled(n) = home(n) {
+                self.asm.store(M::gs(off::gpr(n)), d);
+            }
             return;
+        }
+        if let (Width::B64, 64, Home::Host(d)) = (w, ea.bits, home(n)) {
+            return self.asm.mov_rip_or_short(d, ea.disp as u64);
         }
         self.emit_ea(&ea, false);
         match (home(n), w) {

@@ -2,7 +2,7 @@
 
 use super::classify::{Unit, unit_of};
 use super::memory::{Access, Ea, Loc, MemOp};
-use super::{Pending, Translator};
+use super::{Pending, Translator, spilled};
 use crate::asm::{Base, H, M};
 use crate::block::FaultKind;
 use crate::regs::{Home, Width, gpr_of, home, host_name};
@@ -31,6 +31,9 @@ impl Translator<'_> {
         }
         let mut i = *i;
         canonical_form(&mut i);
+        if !flags_live {
+            shift_without_flags(&mut i);
+        }
         if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
             let acc = self.access_of(&i, flags_live);
             self.emit_access(acc, MemOp::Guest(i));
@@ -62,6 +65,12 @@ impl Translator<'_> {
 
     /// Emits one guest instruction, its memory operand (if any) at `loc`.
     pub(crate) fn emit_guest(&mut self, i: &Instruction, loc: Option<Loc>) {
+        if loc.is_none()
+            && names_spilled(i)
+            && let Some((there, g)) = self.in_place(i)
+        {
+            return self.emit_guest(&there, Some(Loc::At(M::gs(off::gpr(g)))));
+        }
         let mut out = *i;
         let high = (0..i.op_count()).any(|n| {
             i.op_kind(n) == OpKind::Register && gpr_of(i.op_register(n)).is_some_and(|(_, w)| w == Width::High8)
@@ -236,7 +245,8 @@ impl Translator<'_> {
         }
         if let (Some(site), Some(Loc::At(_))) = (self.window_site, loc) {
             self.fault_site(at, FaultKind::Window { site, borrowed: borrowed.map(|h| h.0) });
-        } else if may_fault(i) {
+        } else if may_fault(i) && !matches!(loc, Some(Loc::At(_))) {
+            // The vCPU's state is always there.
             self.fault_site(at, FaultKind::Guest { delta: self.cur_delta(), borrowed: borrowed.map(|h| h.0) });
         }
 
@@ -256,6 +266,12 @@ impl Translator<'_> {
         if let Some(h) = borrowed {
             self.asm.load(h, M::gs(off::TMP + 8));
         }
+    }
+
+    /// An instruction on registers with one that lives in memory as its memory operand.
+    fn in_place(&mut self, i: &Instruction) -> Option<(Instruction, usize)> {
+        let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
+        spilled::in_place(i, |n| info.op_access(n))
     }
 
     /// BT, BTS, BTR, BTC. With a register bit offset the operand may lie far from the address.
@@ -353,6 +369,37 @@ fn canonical_form(i: &mut Instruction) {
         other => other,
     };
     i.set_code(code);
+}
+
+/// Turns a shift of a register by CL into one that leaves the flags alone, which takes a third of the work.
+fn shift_without_flags(i: &mut Instruction) {
+    use Code as C;
+    let (code, count) = match i.code() {
+        C::Shl_rm32_CL => (C::VEX_Shlx_r32_rm32_r32, Register::ECX),
+        C::Shr_rm32_CL => (C::VEX_Shrx_r32_rm32_r32, Register::ECX),
+        C::Sar_rm32_CL => (C::VEX_Sarx_r32_rm32_r32, Register::ECX),
+        C::Shl_rm64_CL => (C::VEX_Shlx_r64_rm64_r64, Register::RCX),
+        C::Shr_rm64_CL => (C::VEX_Shrx_r64_rm64_r64, Register::RCX),
+        C::Sar_rm64_CL => (C::VEX_Sarx_r64_rm64_r64, Register::RCX),
+        _ => return,
+    };
+    if i.op0_kind() != OpKind::Register {
+        return;
+    }
+    let shifted = i.op0_register();
+    i.set_code(code);
+    i.set_op1_kind(OpKind::Register);
+    i.set_op1_register(shifted);
+    i.set_op2_kind(OpKind::Register);
+    i.set_op2_register(count);
+}
+
+/// Whether an instruction names a register that lives in memory.
+fn names_spilled(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| {
+        i.op_kind(n) == OpKind::Register
+            && gpr_of(i.op_register(n)).is_some_and(|(g, _)| matches!(home(g), Home::Spilled(_)))
+    })
 }
 
 /// Whether RCX takes part without being named (or must be CL): (read, written).

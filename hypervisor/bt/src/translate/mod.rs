@@ -17,6 +17,7 @@ mod memory;
 mod peek;
 mod privilege;
 mod runs;
+mod spilled;
 mod stack;
 mod string;
 mod system;

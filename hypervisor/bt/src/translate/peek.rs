@@ -148,12 +148,10 @@ fn effect(i: &Instruction, kernel: bool) -> (u32, u32) {
         // OF and AF likewise; nothing is undefined if the count is 0.
         kills |= i.rflags_undefined();
     }
-    let mut reads = i.rflags_read();
     if maybe_unwritten(i) {
         kills = 0;
-        reads |= i.rflags_modified();
     }
-    (kills & ALL, reads & ALL)
+    (kills & ALL, i.rflags_read() & ALL)
 }
 
 /// Instructions whose flag results depend on a count that may be zero.

@@ -178,7 +178,7 @@ impl Translator<'_> {
     }
 
     /// A guest register's value in its home, or in `scratch`.
-    fn in_host(&mut self, g: usize, scratch: H) -> H {
+    pub(super) fn in_host(&mut self, g: usize, scratch: H) -> H {
         match home(g) {
             Home::Host(h) => h,
             Home::Spilled(g) => {
@@ -246,13 +246,16 @@ impl Translator<'_> {
         }
         let disp = i32::try_from(ea.disp).ok().filter(|d| LOW_DISPLACEMENTS.contains(d));
         if ea.seg >= 4
-            && ea.base.is_none()
             && ea.index.is_none()
             && matches!(pre, Pending::None)
             && let Some(disp) = disp
         {
-            // Thread-local data at a fixed place.
+            // Thread-local data.
             self.asm.load(H::R11, M::gs(off::seg_base(usize::from(ea.seg))));
+            if let Some(b) = ea.base {
+                let b = self.in_host(b, H::RCX);
+                self.asm.lea(H::R11, M::base_index(H::R11, b));
+            }
             return (Subject::Register(H::R11), M::base(H::R11, disp), Learnt::Nothing);
         }
         self.emit_ea(ea, true);
