@@ -5,15 +5,17 @@
 //! stop the guest. SIGTSTP gives the terminal back before the process stops, and SIGCONT takes it again, unless the
 //! process went on in the background, where the terminal is somebody else's.
 //!
-//! Two threads: one watches signals, standard input and the escape key and never waits for anything else; the other hands input to
-//! the guest and waits while the guest does not read. A pipe is not read meanwhile, so that its writer waits too. A terminal
+//! Three threads: one waits for signals; one watches what that has to say, standard input and the escape key, and never waits for anything else;
+//! the third hands input to the guest and waits while the guest does not read. A pipe is not read meanwhile, so that its writer waits too. A terminal
 //! is, for the sake of the escape key; what is typed beyond the queue is dropped.
-#![allow(unsafe_code)] // termios, poll and signalfd.
+#![allow(unsafe_code)] // termios, poll and sigwait.
 
-use std::io::{self, Write};
+use std::io::{self, PipeReader, PipeWriter, Read as _, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::Mutex;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 /// What the terminal saw that concerns the machine.
@@ -88,6 +90,9 @@ fn restore_on_panic() {
 /// Watches standard input and signals until it is dropped, which also restores the terminal.
 pub struct Terminal {
     wake: OwnedFd,
+    /// The signals' thread is to end when the next one comes.
+    ended: Arc<AtomicBool>,
+    signals: Option<JoinHandle<()>>,
     watcher: Option<JoinHandle<()>>,
     feeder: Option<JoinHandle<()>>,
 }
@@ -96,7 +101,8 @@ impl Terminal {
     /// Starts watching. With `input`, standard input is the guest's and a terminal there turns raw; `feed` is given the bytes and may
     /// block until the guest has read them or the machine stops. `handle` must not block.
     ///
-    /// Signals must be blocked in all threads, which [`block_signals`] does when it is called before the first thread starts.
+    /// Signals must be blocked in all threads, which [`block_signals`] does when it is called before the first thread starts. They are waited for by
+    /// a thread, not by a descriptor: whoever polls a signalfd is woken by every signal of the process, and the translator has thousands of its own.
     /// The machine must be stopping before this is dropped.
     ///
     /// # Errors
@@ -106,7 +112,7 @@ impl Terminal {
         feed: impl Fn(&[u8]) + Send + 'static,
         handle: impl Fn(Event) + Send + 'static,
     ) -> io::Result<Self> {
-        let signals = signal_fd()?;
+        let (signals, to_watcher) = io::pipe()?;
         // SAFETY: plain call; the result is checked.
         let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
         if wake < 0 {
@@ -115,7 +121,10 @@ impl Terminal {
         // SAFETY: a fresh descriptor that nothing else owns.
         let wake = unsafe { OwnedFd::from_raw_fd(wake) };
         let wake_fd = wake.as_raw_fd();
-        let mut me = Self { wake, watcher: None, feeder: None };
+        let ended = Arc::new(AtomicBool::new(false));
+        let mut me = Self { wake, ended: ended.clone(), signals: None, watcher: None, feeder: None };
+        let thread = std::thread::Builder::new().name("signals".into());
+        me.signals = Some(thread.spawn(move || pass_on_signals(to_watcher, &ended))?);
         let (to_guest, from_user) = mpsc::sync_channel::<Vec<u8>>(CHUNKS);
         if input {
             let thread = std::thread::Builder::new().name("input".into());
@@ -129,7 +138,7 @@ impl Terminal {
         // Here and not on the new thread: the guest must not speak or be typed at before the terminal is raw.
         let ours = watch.take_terminal();
         let thread = std::thread::Builder::new().name("terminal".into());
-        me.watcher = Some(thread.spawn(move || watch.run(&signals, wake_fd, ours))?);
+        me.watcher = Some(thread.spawn(move || watch.run(signals, wake_fd, ours))?);
         Ok(me)
     }
 }
@@ -138,7 +147,12 @@ impl Drop for Terminal {
     fn drop(&mut self) {
         // SAFETY: writes eight bytes of a live static to our own descriptor.
         unsafe { libc::write(self.wake.as_raw_fd(), (&raw const ONE).cast(), 8) };
-        for thread in [self.watcher.take(), self.feeder.take()].into_iter().flatten() {
+        self.ended.store(true, Ordering::Relaxed);
+        if let Some(thread) = &self.signals {
+            // SAFETY: the thread has not been joined, and blocks the signal, which it waits for.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGTERM) };
+        }
+        for thread in [self.signals.take(), self.watcher.take(), self.feeder.take()].into_iter().flatten() {
             // A panic of the thread was reported when it happened.
             let _ = thread.join();
         }
@@ -160,22 +174,24 @@ fn signal_set() -> libc::sigset_t {
     }
 }
 
-/// Blocks the signals that [`Terminal`] takes by descriptor, for this thread and those it starts.
+/// Blocks the signals that [`Terminal`] waits for, for this thread and those it starts.
 pub fn block_signals() {
     let set = signal_set();
     // SAFETY: a valid set.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
 }
 
-fn signal_fd() -> io::Result<OwnedFd> {
+/// The signals' thread: tells the watching one their numbers, a byte each.
+fn pass_on_signals(mut to_watcher: PipeWriter, ended: &AtomicBool) {
     let set = signal_set();
-    // SAFETY: a valid set; the result is checked.
-    let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+    loop {
+        let mut signal = 0;
+        // SAFETY: an initialised set, and a local for the number.
+        let failed = unsafe { libc::sigwait(&set, &mut signal) } != 0;
+        if ended.load(Ordering::Relaxed) || failed || to_watcher.write_all(&[signal as u8]).is_err() {
+            return;
+        }
     }
-    // SAFETY: a fresh descriptor that nothing else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// The watching thread.
@@ -197,7 +213,7 @@ enum Read {
 }
 
 impl<H: Fn(Event)> Watch<H> {
-    fn run(self, signals: &OwnedFd, wake: RawFd, mut ours: bool) {
+    fn run(self, mut signals: PipeReader, wake: RawFd, mut ours: bool) {
         let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut open = self.input;
         let mut escape = Escape::default();
@@ -220,13 +236,15 @@ impl<H: Fn(Event)> Watch<H> {
                 return;
             }
             if fds[1].revents != 0 {
-                match next_signal(signals) {
+                match next_signal(&mut signals) {
                     libc::SIGTSTP => {
                         restore();
                         // SAFETY: stops this process, as the default action of SIGTSTP does.
                         unsafe { libc::raise(libc::SIGSTOP) };
                     }
                     libc::SIGCONT => ours = self.take_terminal(),
+                    // The other thread is gone: so will be this one.
+                    0 => return,
                     signal => (self.handle)(Event::Signal(signal)),
                 }
             }
@@ -295,13 +313,10 @@ impl<H: Fn(Event)> Watch<H> {
     }
 }
 
-fn next_signal(signals: &OwnedFd) -> i32 {
-    // SAFETY: zeroed is valid for this plain structure; the length is its own.
-    unsafe {
-        let mut info: libc::signalfd_siginfo = std::mem::zeroed();
-        libc::read(signals.as_raw_fd(), (&raw mut info).cast(), size_of::<libc::signalfd_siginfo>());
-        info.ssi_signo as i32
-    }
+/// The next signal's number; 0 when there will be none.
+fn next_signal(signals: &mut PipeReader) -> i32 {
+    let mut signal = [0];
+    signals.read_exact(&mut signal).map_or(0, |()| i32::from(signal[0]))
 }
 
 const CTRL_A: u8 = 1;

@@ -42,7 +42,10 @@ pub(super) fn in_place(i: &Instruction, access: impl Fn(u32) -> OpAccess) -> Opt
     };
     let count = i.op_count();
     let all = 0..count;
-    if all.clone().any(|n| i.op_kind(n) == OpKind::Register && gpr_of(i.op_register(n)).is_some_and(|r| r.1 == Width::High8)) {
+    if all
+        .clone()
+        .any(|n| i.op_kind(n) == OpKind::Register && gpr_of(i.op_register(n)).is_some_and(|r| r.1 == Width::High8))
+    {
         return None;
     }
     if let Some(zero) = compared_with_zero(i) {
