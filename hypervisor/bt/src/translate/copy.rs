@@ -496,3 +496,27 @@ fn plain_on_registers(i: &Instruction) -> bool {
         .iter()
         .all(|f| matches!(f, F::INTEL8086 | F::INTEL186 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::DecoderOptions;
+
+    #[test]
+    fn shifts_by_cl_of_registers_have_a_form_without_flags() {
+        let shifted = |bytes: &[u8]| {
+            let mut i = iced_x86::Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
+            shift_without_flags(&mut i);
+            i
+        };
+        // shl r13, cl; sar ecx, cl
+        let i = shifted(&[0x49, 0xd3, 0xe5]);
+        assert_eq!((i.mnemonic(), i.op0_register(), i.op1_register()), (Mnemonic::Shlx, Register::R13, Register::R13));
+        assert_eq!((i.op2_register(), i.op_count()), (Register::RCX, 3));
+        assert_eq!(shifted(&[0xd3, 0xf9]).to_string(), "sarx ecx,ecx,ecx");
+        // shl r13w, cl; shl qword [rax], cl; rol ecx, cl stay.
+        for same in [&[0x66, 0x41, 0xd3, 0xe5][..], &[0x48, 0xd3, 0x20], &[0xd3, 0xc1]] {
+            assert_ne!(shifted(same).op_count(), 3);
+        }
+    }
+}

@@ -154,7 +154,7 @@ fn effect(i: &Instruction, kernel: bool) -> (u32, u32) {
     (kills & ALL, i.rflags_read() & ALL)
 }
 
-/// Instructions whose flag results depend on a count that may be zero.
+/// Instructions whose flag results depend on a count that may be zero: they overwrite nothing for certain.
 fn maybe_unwritten(i: &Instruction) -> bool {
     use Mnemonic as M;
     if matches!(i.mnemonic(), M::Shl | M::Shr | M::Sar) && i.op1_kind() == OpKind::Immediate8 {
@@ -240,6 +240,9 @@ mod tests {
         assert_eq!(out, [true, true, true]);
         let (out, _) = live(&[0x48, 0x8b, 0x03, 0x66, 0xd3, 0xed, 0xc3], 3);
         assert_eq!(out, [true, true, true]);
+        // A shift that may be by nothing leaves the flags for who reads them, and nobody does: mov rax, [rbx]; shr ebp, cl; xor ecx, ecx
+        let (out, _) = live(&[0x48, 0x8b, 0x03, 0xd3, 0xed, 0x31, 0xc9], 3);
+        assert_eq!(out, [false, false, false]);
         // Rotations keep most flags: rol ebp, 8.
         let (out, _) = live(&[0x48, 0x8b, 0x03, 0xc1, 0xc5, 8, 0xc3], 3);
         assert_eq!(out, [true, true, true]);

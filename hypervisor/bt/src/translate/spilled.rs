@@ -163,3 +163,73 @@ fn mirror(code: Code) -> Option<Code> {
         _ => None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions, Encoder, InstructionInfoFactory};
+
+    /// The instruction with a register in place, as it is encoded with that at `gs:[0x48]`, and the register.
+    fn placed(bytes: &[u8]) -> Option<(Vec<u8>, usize)> {
+        let i = Decoder::with_ip(64, bytes, 0x1000, DecoderOptions::NONE).decode();
+        let mut factory = InstructionInfoFactory::new();
+        let info = factory.info(&i);
+        let (mut out, g) = in_place(&i, |n| info.op_access(n))?;
+        out.set_segment_prefix(Register::GS);
+        out.set_memory_displacement64(0x48);
+        let mut encoder = Encoder::new(64);
+        encoder.encode(&out, 0x1000).unwrap();
+        Some((encoder.take_buffer(), g))
+    }
+
+    const AT: [u8; 6] = [0x04, 0x25, 0x48, 0, 0, 0];
+
+    /// ModRM with `reg`, SIB and displacement behind these bytes.
+    fn at(before: &[u8], reg: u8) -> Vec<u8> {
+        let mut m = AT;
+        m[0] |= reg << 3;
+        [before, &m[..]].concat()
+    }
+
+    #[test]
+    fn registers_in_memory_are_read_there_at_any_width() {
+        // add rax, r9; cmp ebx, r10d; movzx ecx, r11b; cmp r9d, 7; imul rdx, r10; mov rsi, r11
+        for (bytes, want, g) in [
+            (&[0x4c, 0x01, 0xc8][..], at(&[0x65, 0x48, 0x03], 0), 9),
+            (&[0x44, 0x39, 0xd3], at(&[0x65, 0x3b], 3), 10),
+            (&[0x41, 0x0f, 0xb6, 0xcb], at(&[0x65, 0x0f, 0xb6], 1), 11),
+            (&[0x41, 0x83, 0xf9, 7], [at(&[0x65, 0x83], 7), vec![7]].concat(), 9),
+            (&[0x49, 0x0f, 0xaf, 0xd2], at(&[0x65, 0x48, 0x0f, 0xaf], 2), 10),
+            (&[0x4c, 0x89, 0xde], at(&[0x65, 0x48, 0x8b], 6), 11),
+        ] {
+            assert_eq!(placed(bytes), Some((want, g)), "{bytes:x?}");
+        }
+        // test r9d, r9d asks what cmp r9d, 0 does; test r9, rax is the same either way round, and so is test rax, r9.
+        assert_eq!(placed(&[0x45, 0x85, 0xc9]), Some(([at(&[0x65, 0x83], 7), vec![0]].concat(), 9)));
+        for both in [&[0x49, 0x85, 0xc1], &[0x4c, 0x85, 0xc8]] {
+            assert_eq!(placed(both), Some((at(&[0x65, 0x48, 0x85], 0), 9)));
+        }
+    }
+
+    #[test]
+    fn only_whole_registers_are_written_there() {
+        // mov r9, rax; add r10, 1; shl r11, 4
+        assert_eq!(placed(&[0x49, 0x89, 0xc1]), Some((at(&[0x65, 0x48, 0x89], 0), 9)));
+        assert_eq!(placed(&[0x49, 0x83, 0xc2, 1]), Some(([at(&[0x65, 0x48, 0x83], 0), vec![1]].concat(), 10)));
+        assert_eq!(placed(&[0x49, 0xc1, 0xe3, 4]), Some(([at(&[0x65, 0x48, 0xc1], 4), vec![4]].concat(), 11)));
+        // Not: mov r9d, eax; inc r10d; mov r11b, 1; add r9, r9, which names it twice; mov ah, al; xchg r9, rax, which would lock; bt r9, rax, which would
+        // reach beyond it; div r9, which may fault.
+        for bytes in [
+            &[0x41, 0x89, 0xc1][..],
+            &[0x41, 0xff, 0xc2],
+            &[0x41, 0xb3, 1],
+            &[0x4d, 0x01, 0xc9],
+            &[0x88, 0xc4],
+            &[0x49, 0x87, 0xc1],
+            &[0x49, 0x0f, 0xa3, 0xc1],
+            &[0x49, 0xf7, 0xf1],
+        ] {
+            assert_eq!(placed(bytes), None, "{bytes:x?}");
+        }
+    }
+}
