@@ -111,7 +111,7 @@ pub(crate) struct Translator<'a> {
     other_returns: Vec<(crate::asm::Label, Instruction)>,
     slow_strings: Vec<string::SlowString>,
     slow_runs: Vec<runs::SlowRun>,
-    /// Where the block's last branch leads back to, if no flag is live there.
+    /// Where the block's last branch leads that polls, if no flag is live there.
     flags_free_at: Option<u64>,
     /// Polls that found a request: to be emitted, with where they were going.
     polled: Vec<(crate::asm::Label, u64)>,
@@ -217,7 +217,8 @@ impl<'a> Translator<'a> {
         self.flags_free_at = peek.as_mut().zip(code.last()).and_then(|(p, i)| {
             let direct = matches!(classify(i.code()), Class::Jcc | Class::JmpDirect | Class::CallDirect);
             let target = i.near_branch_target();
-            (direct && target <= i.ip() && p.none_live_at(target)).then_some(target)
+            let polls = target <= i.ip() || classify(i.code()) == Class::CallDirect;
+            (direct && polls && p.none_live_at(target)).then_some(target)
         });
         let live = flag_liveness(code, peek.as_mut());
         let mut done = self.emit(code, &live, door);

@@ -122,6 +122,42 @@ fn kicks_do_not_move_the_fault() {
     assert!(polls > 0, "no kick came in between");
 }
 
+// Twenty-four functions, each of which calls the next one twice: tens of millions of calls and returns, and no way back.
+guest!(
+    tree,
+    "mov rbx, [r9]; call 3f; xor eax, eax; syscall",
+    "3: .rept 24; call 2f; call 2f; ret; 2:; .endr; inc rbx; ret",
+);
+
+#[test]
+fn calls_forward_alone_keep_nobody_waiting() {
+    for (policy, base) in [(Windows::Off, LOW), (Windows::Always, HIGH)] {
+        let mut g = guest(policy, base, tree::code());
+        let (kick, done) = (g.vcpu.kick_handle(), AtomicBool::new(false));
+        let (done, mut kicks) = (&done, 0);
+        std::thread::scope(|s| {
+            let kicker = s.spawn(|| {
+                let mut kicks = 0;
+                while !done.load(Ordering::Relaxed) {
+                    kick.kick();
+                    kicks += 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                kicks
+            });
+            let end = Ending(done);
+            let before = g.ram.get(g.ram.gpa(base + DATA));
+            let gpr = g.run(&[(Reg::R9, base + DATA)]);
+            assert_eq!(gpr[Reg::Rbx as usize].wrapping_sub(before), 1 << 24);
+            drop(end);
+            kicks = kicker.join().unwrap();
+        });
+        // The first and the last may come while no code runs, and two may be seen by one poll.
+        let polls = g.counter("poll exits");
+        assert!(kicks > 8 && polls > kicks / 4, "{polls} of {kicks} kicks were seen");
+    }
+}
+
 /// Ends the kicks, however the test ends.
 struct Ending<'a>(&'a AtomicBool);
 
