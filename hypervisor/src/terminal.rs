@@ -373,4 +373,47 @@ mod tests {
         assert_eq!(out, b"ab\x01c");
         assert!(e.scan(b"\x01xd", &mut out));
     }
+
+    /// How often the process' thread of this name has waited, once it has its name.
+    fn waits(name: &str) -> u64 {
+        let of_name = |text: &String| text.lines().next().and_then(|l| l.split_whitespace().nth(1)) == Some(name);
+        loop {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+            let texts = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok());
+            let Some(text) = texts.into_iter().find(of_name) else { continue };
+            let count = text.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+            return count.expect("Linux counts them").trim().parse().unwrap();
+        }
+    }
+
+    extern "C" fn nothing(_: i32) {}
+
+    /// The translator's own signals come by thousands.
+    #[test]
+    fn signals_of_others_wake_nobody_and_ours_arrive() {
+        block_signals();
+        let (to, events) = mpsc::channel();
+        let terminal = Terminal::start(false, |_| {}, move |e| to.send(e).unwrap()).unwrap();
+        // SAFETY: a handler that does nothing, for a signal that nobody else uses here.
+        unsafe {
+            let action: extern "C" fn(i32) = nothing;
+            libc::signal(libc::SIGUSR2, action as *const () as libc::sighandler_t);
+        }
+        // The threads come to where they wait first.
+        while waits("terminal") == 0 || waits("signals") == 0 {
+            std::thread::yield_now();
+        }
+        let before = waits("terminal") + waits("signals");
+        for _ in 0..500 {
+            // SAFETY: sends this thread a signal that it handles.
+            unsafe { libc::raise(libc::SIGUSR2) };
+            std::thread::yield_now();
+        }
+        assert!(waits("terminal") + waits("signals") <= before + 5);
+        let thread = terminal.signals.as_ref().expect("it was started").as_pthread_t();
+        // SAFETY: sends a thread that runs a signal that it waits for. The whole process is not ours here.
+        unsafe { libc::pthread_kill(thread, libc::SIGINT) };
+        assert_eq!(events.recv_timeout(std::time::Duration::from_secs(10)), Ok(Event::Signal(libc::SIGINT)));
+        drop(terminal);
+    }
 }
