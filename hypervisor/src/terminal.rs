@@ -11,7 +11,7 @@
 #![allow(unsafe_code)] // termios, poll and sigwait.
 
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, SyncSender, TrySendError};
@@ -89,8 +89,7 @@ fn restore_on_panic() {
 
 /// Watches standard input and signals until it is dropped, which also restores the terminal.
 pub struct Terminal {
-    wake: OwnedFd,
-    /// The signals' thread is to end when the next one comes.
+    /// The signals' thread is to end when the next one comes; with it ends the watching one.
     ended: Arc<AtomicBool>,
     signals: Option<JoinHandle<()>>,
     watcher: Option<JoinHandle<()>>,
@@ -113,16 +112,8 @@ impl Terminal {
         handle: impl Fn(Event) + Send + 'static,
     ) -> io::Result<Self> {
         let (signals, to_watcher) = io::pipe()?;
-        // SAFETY: plain call; the result is checked.
-        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if wake < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a fresh descriptor that nothing else owns.
-        let wake = unsafe { OwnedFd::from_raw_fd(wake) };
-        let wake_fd = wake.as_raw_fd();
         let ended = Arc::new(AtomicBool::new(false));
-        let mut me = Self { wake, ended: ended.clone(), signals: None, watcher: None, feeder: None };
+        let mut me = Self { ended: ended.clone(), signals: None, watcher: None, feeder: None };
         let thread = std::thread::Builder::new().name("signals".into());
         me.signals = Some(thread.spawn(move || pass_on_signals(to_watcher, &ended))?);
         let (to_guest, from_user) = mpsc::sync_channel::<Vec<u8>>(CHUNKS);
@@ -138,15 +129,13 @@ impl Terminal {
         // Here and not on the new thread: the guest must not speak or be typed at before the terminal is raw.
         let ours = watch.take_terminal();
         let thread = std::thread::Builder::new().name("terminal".into());
-        me.watcher = Some(thread.spawn(move || watch.run(signals, wake_fd, ours))?);
+        me.watcher = Some(thread.spawn(move || watch.run(signals, ours))?);
         Ok(me)
     }
 }
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        // SAFETY: writes eight bytes of a live static to our own descriptor.
-        unsafe { libc::write(self.wake.as_raw_fd(), (&raw const ONE).cast(), 8) };
         self.ended.store(true, Ordering::Relaxed);
         if let Some(thread) = &self.signals {
             // SAFETY: the thread has not been joined, and blocks the signal, which it waits for.
@@ -159,8 +148,6 @@ impl Drop for Terminal {
         restore();
     }
 }
-
-static ONE: u64 = 1;
 
 fn signal_set() -> libc::sigset_t {
     // SAFETY: the set is initialised by sigemptyset.
@@ -213,7 +200,7 @@ enum Read {
 }
 
 impl<H: Fn(Event)> Watch<H> {
-    fn run(self, mut signals: PipeReader, wake: RawFd, mut ours: bool) {
+    fn run(self, mut signals: PipeReader, mut ours: bool) {
         let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         let mut open = self.input;
         let mut escape = Escape::default();
@@ -224,7 +211,7 @@ impl<H: Fn(Event)> Watch<H> {
                 held = self.offer(bytes);
             }
             let listen = open && ours && (self.tty || held.is_none());
-            let mut fds = [poll(wake), poll(signals.as_raw_fd()), poll(if listen { 0 } else { -1 })];
+            let mut fds = [poll(signals.as_raw_fd()), poll(if listen { 0 } else { -1 })];
             // SAFETY: an array of initialised pollfd.
             let n = unsafe {
                 libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, if held.is_some() { RETRY } else { -1 })
@@ -232,10 +219,10 @@ impl<H: Fn(Event)> Watch<H> {
             if n < 0 && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted {
                 continue;
             }
-            if n < 0 || fds[0].revents != 0 {
+            if n < 0 {
                 return;
             }
-            if fds[1].revents != 0 {
+            if fds[0].revents != 0 {
                 match next_signal(&mut signals) {
                     libc::SIGTSTP => {
                         restore();
@@ -243,12 +230,12 @@ impl<H: Fn(Event)> Watch<H> {
                         unsafe { libc::raise(libc::SIGSTOP) };
                     }
                     libc::SIGCONT => ours = self.take_terminal(),
-                    // The other thread is gone: so will be this one.
+                    // The other thread has ended.
                     0 => return,
                     signal => (self.handle)(Event::Signal(signal)),
                 }
             }
-            if fds[2].revents == 0 {
+            if fds[1].revents == 0 {
                 continue;
             }
             match self.read() {

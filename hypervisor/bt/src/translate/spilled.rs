@@ -61,19 +61,20 @@ pub(super) fn in_place(i: &Instruction, access: impl Fn(u32) -> OpAccess) -> Opt
             continue;
         }
         let mut out = *i;
-        let at = if may_be_memory(i.code(), n) {
-            n
-        } else if count == 2 && i.op_kind(1 - n) == OpKind::Register {
+        let mut at = n;
+        if !may_be_memory(i.code(), n) {
+            if count != 2 || i.op_kind(1 - n) != OpKind::Register {
+                continue;
+            }
             if i.mnemonic() == Mnemonic::Test {
+                // It asks the same of both.
                 out.set_op1_register(i.op0_register());
+                at = 0;
             } else {
+                // The other form names its operands in the same order.
                 out.set_code(mirror(i.code())?);
             }
-            // TEST asks the same of both; the other forms name their operands in the same order as before.
-            if i.mnemonic() == Mnemonic::Test { 0 } else { n }
-        } else {
-            continue;
-        };
+        }
         out.set_op_kind(at, OpKind::Memory);
         out.set_memory_base(Register::None);
         out.set_memory_index(Register::None);
