@@ -3,7 +3,7 @@
 //! Guest instructions themselves are re-encoded by iced-x86; this covers the handful of forms that address lookups,
 //! exits and register moves need. Every form here leaves the flags alone unless its name says otherwise.
 
-use iced_x86::{Encoder, IcedError, Instruction, Register};
+use iced_x86::{Encoder, IcedError, Instruction, OpKind, Register};
 
 /// A host register by encoding number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +146,11 @@ pub(crate) mod cc {
 
 const UNBOUND: u32 = u32::MAX;
 
+/// The guest register that lives at this offset of the state.
+fn spilled_at(disp: i32) -> Option<u8> {
+    [9, 10, 11].into_iter().find(|&g| disp == crate::state::off::gpr(usize::from(g)))
+}
+
 /// Code under construction. Offsets are relative to its start; it is position independent until it is linked.
 pub(crate) struct Asm {
     pub(crate) buf: Vec<u8>,
@@ -155,6 +160,8 @@ pub(crate) struct Asm {
     cold: Option<u32>,
     /// What a copy at another RIP must change, while copies are possible.
     relocs: Option<Vec<Reloc>>,
+    /// The guest register that lives in memory and that R11 holds as well, see [`Asm::shadow`].
+    shadow: Option<u8>,
     encoder: Encoder,
 }
 
@@ -166,6 +173,7 @@ impl Asm {
             fixes: Vec::new(),
             cold: None,
             relocs: None,
+            shadow: None,
             encoder: Encoder::new(64),
         }
     }
@@ -176,6 +184,7 @@ impl Asm {
         self.fixes.clear();
         self.cold = None;
         self.relocs = None;
+        self.shadow = None;
     }
 
     /// From here on it is noted what a copy must change.
@@ -243,6 +252,39 @@ impl Asm {
     /// What follows is rarely executed and may be placed elsewhere. Only 32-bit jumps may lead across.
     pub(crate) fn cold(&mut self) {
         self.cold = Some(self.pos());
+        self.shadow = None;
+    }
+
+    /// The guest register that lives in memory and that R11 holds as well, all 64 bits of it: it was stored from there or loaded to there, and neither has
+    /// changed since. Loads of it cost nothing or a move. It is forgotten at every label and call, where other code may come in.
+    pub(crate) fn shadow(&self) -> Option<u8> {
+        self.shadow
+    }
+
+    /// R11 still holds what it held: an instruction only read it, or whoever else comes in here brings it along.
+    pub(crate) fn set_shadow(&mut self, g: Option<u8>) {
+        self.shadow = g;
+    }
+
+    /// Binds a label where all who come in have R11 as it is here.
+    pub(crate) fn bind_with_shadow(&mut self, l: Label) {
+        let shadow = self.shadow;
+        self.bind(l);
+        self.shadow = shadow;
+    }
+
+    /// A host register is written.
+    fn writes(&mut self, d: H) {
+        if d == H::R11 {
+            self.shadow = None;
+        }
+    }
+
+    /// Part of an operand may be written.
+    fn writes_memory(&mut self, m: M) {
+        if m.seg == Base::State && m.base.is_none() && m.index.is_none() && spilled_at(m.disp) == self.shadow {
+            self.shadow = None;
+        }
     }
 
     /// The hot and the cold part.
@@ -261,6 +303,7 @@ impl Asm {
 
     pub(crate) fn bind(&mut self, l: Label) {
         self.labels[l.0 as usize] = self.pos();
+        self.shadow = None;
     }
 
     pub(crate) fn here(&mut self) -> Label {
@@ -362,58 +405,82 @@ impl Asm {
 
     pub(crate) fn mov(&mut self, d: H, s: H) {
         if d != s {
+            self.writes(d);
             self.rr(true, &[0x8b], d.0, s);
         }
     }
 
     /// 32-bit move, zero-extending (also when `d` is `s`).
     pub(crate) fn mov32(&mut self, d: H, s: H) {
+        self.writes(d);
         self.rr(false, &[0x8b], d.0, s);
     }
 
     /// 16-bit move, which leaves the rest of `d` alone.
     pub(crate) fn mov16(&mut self, d: H, s: H) {
+        self.writes(d);
         self.b(&[0x66]);
         self.rr(false, &[0x8b], d.0, s);
     }
 
     pub(crate) fn movzx16(&mut self, d: H, s: H) {
+        self.writes(d);
         self.rr(false, &[0x0f, 0xb7], d.0, s);
     }
 
     pub(crate) fn movsxd(&mut self, d: H, s: H) {
+        self.writes(d);
         self.rr(true, &[0x63], d.0, s);
     }
 
     pub(crate) fn movsx16(&mut self, d: H, s: H) {
+        self.writes(d);
         self.rr(true, &[0x0f, 0xbf], d.0, s);
     }
 
     pub(crate) fn load(&mut self, d: H, m: M) {
+        let plain = m.seg == Base::State && m.base.is_none() && m.index.is_none();
+        let g = if plain { spilled_at(m.disp) } else { None };
+        if g.is_some() && g == self.shadow {
+            return self.mov(d, H::R11);
+        }
+        self.writes(d);
         self.rm(true, &[0x8b], d.0, m);
+        if d == H::R11 {
+            self.shadow = g;
+        }
     }
 
     pub(crate) fn load32(&mut self, d: H, m: M) {
+        self.writes(d);
         self.rm(false, &[0x8b], d.0, m);
     }
 
     pub(crate) fn load8(&mut self, d: H, m: M) {
+        self.writes(d);
         self.rm(false, &[0x0f, 0xb6], d.0, m);
     }
 
     pub(crate) fn load16(&mut self, d: H, m: M) {
+        self.writes(d);
         self.rm(false, &[0x0f, 0xb7], d.0, m);
     }
 
     pub(crate) fn store(&mut self, m: M, s: H) {
+        self.writes_memory(m);
         self.rm(true, &[0x89], s.0, m);
+        if s == H::R11 && m.seg == Base::State && m.base.is_none() && m.index.is_none() {
+            self.shadow = spilled_at(m.disp).or(self.shadow);
+        }
     }
 
     pub(crate) fn store32(&mut self, m: M, s: H) {
+        self.writes_memory(m);
         self.rm(false, &[0x89], s.0, m);
     }
 
     pub(crate) fn store16(&mut self, m: M, s: H) {
+        self.writes_memory(m);
         self.b(&[0x66]);
         // A segment prefix may follow the operand-size prefix; REX stays last.
         self.rm(false, &[0x89], s.0, m);
@@ -421,27 +488,32 @@ impl Asm {
 
     /// Stores the low byte of RCX or of R8-R15 (no legacy high-byte registers here).
     pub(crate) fn store8(&mut self, m: M, s: H) {
+        self.writes_memory(m);
         debug_assert!(s.0 < 4 || s.0 >= 8);
         self.rm(false, &[0x88], s.0, m);
     }
 
     pub(crate) fn store_imm8(&mut self, m: M, v: u8) {
+        self.writes_memory(m);
         self.rm(false, &[0xc6], 0, m);
         self.b(&[v]);
     }
 
     pub(crate) fn store_imm32(&mut self, m: M, v: i32) {
+        self.writes_memory(m);
         self.rm(false, &[0xc7], 0, m);
         self.imm32(v);
     }
 
     /// Stores a sign-extended 32-bit immediate as 64 bits.
     pub(crate) fn store_simm32(&mut self, m: M, v: i32) {
+        self.writes_memory(m);
         self.rm(true, &[0xc7], 0, m);
         self.imm32(v);
     }
 
     pub(crate) fn mov_imm(&mut self, d: H, v: u64) {
+        self.writes(d);
         if v <= u64::from(u32::MAX) {
             if d.high() != 0 {
                 self.b(&[0x41]);
@@ -458,10 +530,12 @@ impl Asm {
     }
 
     pub(crate) fn lea(&mut self, d: H, m: M) {
+        self.writes(d);
         self.rm(true, &[0x8d], d.0, m);
     }
 
     pub(crate) fn lea32(&mut self, d: H, m: M) {
+        self.writes(d);
         self.rm(false, &[0x8d], d.0, m);
     }
 
@@ -477,27 +551,32 @@ impl Asm {
 
     /// `andn d, s, m` (64-bit): the bits of `m` that `s` lacks. Sets ZF by them.
     pub(crate) fn andn_flags(&mut self, d: H, s: H, m: M) {
+        self.writes(d);
         self.vex_0f38(0, 0xf2, d, s, m);
     }
 
     /// `pext d, s, m` (64-bit).
     pub(crate) fn pext(&mut self, d: H, s: H, m: M) {
+        self.writes(d);
         self.vex_0f38(2, 0xf5, d, s, m);
     }
 
     /// `pdep d, s, m` (64-bit).
     pub(crate) fn pdep(&mut self, d: H, s: H, m: M) {
+        self.writes(d);
         self.vex_0f38(3, 0xf5, d, s, m);
     }
 
     /// `rorx d, s, n` (64-bit).
     pub(crate) fn rorx(&mut self, d: H, s: H, n: u8) {
+        self.writes(d);
         let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 3;
         self.b(&[0xc4, b1, 0xfb, 0xf0, 0xc0 | (d.low() << 3) | s.low(), n]);
     }
 
     /// `movzx d32, s8`, of registers whose low bytes need no REX or are numbered from 8 on.
     pub(crate) fn movzx8(&mut self, d: H, s: H) {
+        self.writes(d);
         self.rr(false, &[0x0f, 0xb6], d.0, s);
     }
 
@@ -512,6 +591,7 @@ impl Asm {
     }
 
     fn shift_x(&mut self, pp: u8, d: H, s: H, count: H) {
+        self.writes(d);
         let b1 = (((d.high() ^ 1) << 7) | 0x40 | ((s.high() ^ 1) << 5)) | 2;
         let b2 = 0x80 | ((!count.0 & 15) << 3) | pp;
         self.b(&[0xc4, b1, b2, 0xf7, 0xc0 | (d.low() << 3) | s.low()]);
@@ -519,18 +599,21 @@ impl Asm {
 
     /// Clobbers flags.
     pub(crate) fn shr32_flags(&mut self, d: H, n: u8) {
+        self.writes(d);
         self.rr(false, &[0xc1], 5, d);
         self.b(&[n]);
     }
 
     /// Clobbers flags.
     pub(crate) fn and32_flags(&mut self, d: H, v: i32) {
+        self.writes(d);
         self.rr(false, &[0x81], 4, d);
         self.imm32(v);
     }
 
     /// Clobbers flags.
     pub(crate) fn add_flags(&mut self, d: H, m: M) {
+        self.writes(d);
         self.rm(true, &[0x03], d.0, m);
     }
 
@@ -549,6 +632,16 @@ impl Asm {
             self.rr(false, &[0x81], 7, d);
             self.imm32(v);
         }
+    }
+
+    /// ZF = the upper 33 bits of `r` are zero. Clobbers the other flags.
+    pub(crate) fn test_upper_flags(&mut self, r: H) {
+        if r == H::RAX {
+            self.b(&[0x48, 0xa9]);
+        } else {
+            self.rr(true, &[0xf7], 0, r);
+        }
+        self.imm32(i32::MIN);
     }
 
     /// CF = bit `n` of `r`; the other flags are undefined.
@@ -591,6 +684,7 @@ impl Asm {
     }
 
     pub(crate) fn call_gs(&mut self, off: i32) {
+        self.shadow = None;
         self.rm(false, &[0xff], 2, M::gs(off));
     }
 
@@ -600,6 +694,7 @@ impl Asm {
 
     /// Clobbers flags.
     pub(crate) fn or32_flags(&mut self, d: H, v: i32) {
+        self.writes(d);
         self.rr(false, &[0x81], 1, d);
         self.imm32(v);
     }
@@ -608,11 +703,6 @@ impl Asm {
     pub(crate) fn cmp32_mem_imm_flags(&mut self, m: M, v: i32) {
         self.rm(false, &[0x81], 7, m);
         self.imm32(v);
-    }
-
-    /// Clobbers flags: `cmp r, s` (64-bit).
-    pub(crate) fn cmp_flags(&mut self, r: H, s: H) {
-        self.rr(true, &[0x3b], r.0, s);
     }
 
     /// Clobbers flags: `cmp r, m` (64-bit).
@@ -627,16 +717,19 @@ impl Asm {
 
     /// Clobbers flags: `and r, m` (64-bit).
     pub(crate) fn and_mem_flags(&mut self, r: H, m: M) {
+        self.writes(r);
         self.rm(true, &[0x23], r.0, m);
     }
 
     /// `not r` (64-bit); no flags.
     pub(crate) fn not(&mut self, r: H) {
+        self.writes(r);
         self.rr(true, &[0xf7], 2, r);
     }
 
     /// Clobbers flags.
     pub(crate) fn shr_flags(&mut self, d: H, n: u8) {
+        self.writes(d);
         self.rr(true, &[0xc1], 5, d);
         self.b(&[n]);
     }
@@ -657,6 +750,7 @@ impl Asm {
 
     /// Adds to the low byte. Clobbers flags.
     pub(crate) fn add8_flags(&mut self, d: H, v: i8) {
+        self.writes(d);
         self.b(&[0x40 | d.high(), 0x80, 0xc0 | d.low(), v as u8]);
     }
 
@@ -686,20 +780,16 @@ impl Asm {
     }
 
     pub(crate) fn pop(&mut self, r: H) {
+        self.writes(r);
         if r.high() != 0 {
             self.b(&[0x41]);
         }
         self.b(&[0x58 | r.low()]);
     }
 
-    /// `push imm32`, sign-extended.
-    pub(crate) fn push_imm32(&mut self, v: i32) {
-        self.b(&[0x68]);
-        self.imm32(v);
-    }
-
     /// `call rel32` whose displacement is patched later; returns the displacement's offset.
     pub(crate) fn call_patchable(&mut self, l: Label) -> u32 {
+        self.shadow = None;
         self.b(&[0xe8]);
         self.fixes.push((Fix::Rel32(self.pos()), l));
         self.imm32(0);
@@ -707,12 +797,12 @@ impl Asm {
     }
 
     pub(crate) fn call_mem(&mut self, m: M) {
+        self.shadow = None;
         self.rm(false, &[0xff], 2, m);
     }
 
-    /// `ret 8`.
-    pub(crate) fn ret8(&mut self) {
-        self.b(&[0xc2, 8, 0]);
+    pub(crate) fn ret(&mut self) {
+        self.b(&[0xc3]);
     }
 
     pub(crate) fn ud2(&mut self) {
@@ -726,6 +816,21 @@ impl Asm {
 
     /// Appends one instruction as iced-x86 encodes it. Nothing is appended when it cannot be encoded.
     pub(crate) fn guest(&mut self, i: &Instruction) -> Result<(), IcedError> {
+        for n in 0..i.op_count() {
+            match i.op_kind(n) {
+                OpKind::Register if i.op_register(n).full_register() == Register::R11 => self.shadow = None,
+                // It may be the operand that is written, in part.
+                OpKind::Memory
+                    if i.segment_prefix() == Register::GS
+                        && i.memory_base() == Register::None
+                        && i.memory_index() == Register::None
+                        && spilled_at(i.memory_displacement64() as i32) == self.shadow =>
+                {
+                    self.shadow = None;
+                }
+                _ => {}
+            }
+        }
         let mark = self.buf.len();
         self.encoder.set_buffer(std::mem::take(&mut self.buf));
         let r = self.encoder.encode(i, mark as u64);

@@ -269,6 +269,8 @@ pub(crate) struct Site {
     pub(crate) delta: u32,
     /// Where the access starts over once the soft TLB has its page: an offset in the block's hot part.
     pub(crate) retry: u32,
+    /// The guest register that R11 has to hold there.
+    pub(crate) shadow: Option<u8>,
     pub(crate) size: u16,
     pub(crate) read: bool,
     pub(crate) write: bool,

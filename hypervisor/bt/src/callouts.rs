@@ -84,6 +84,9 @@ fn finish_access(e: &mut Engine, la: u64, site: u32) -> Back {
     match e.resolve(la, &s) {
         Ok(Resolved::Filled) => {
             let at = e.tables.blocks[s.block as usize].placed.offset(s.retry);
+            if let Some(g) = s.shadow {
+                e.shared().r11 = e.cpu().gpr[usize::from(g)];
+            }
             let simd = if s.simd { Back::LOAD_FPU } else { 0 };
             Back { value: e.code.address(at), bits: Back::JUMP | simd }
         }

@@ -265,6 +265,9 @@ impl Engine {
         set(st, Thunk::LookupUser, thunks::lookup_second::<0>);
         set(st, Thunk::LookupSmap, thunks::lookup_second::<1>);
         set(st, Thunk::LookupSuper, thunks::lookup_second::<2>);
+        set(st, Thunk::ReturnUser, thunks::returned::<0>);
+        set(st, Thunk::ReturnSmap, thunks::returned::<1>);
+        set(st, Thunk::ReturnSuper, thunks::returned::<2>);
         set(st, Thunk::Chain, thunks::chain);
         set(st, Thunk::LoadFpu, thunks::load_fpu);
         // A spinning vCPU yields after some microseconds, sooner if there are more vCPUs than host CPUs. One alone waits for nobody.
@@ -373,8 +376,13 @@ impl Engine {
         let n = side as usize;
         // A callout that goes on in its block returns by the word below the stack pointer.
         let below = sh.frames[n].word(sh.code_rsp.wrapping_sub(8));
-        let rsp = sh.frames[n].reset(thunks::underflow as *const () as u64, below);
-        sh.neg_last_frame[n] = rsp.wrapping_neg();
+        let underflow = match self.calls_mode[n].view() as u32 {
+            Mode::VIEW_SMAP => thunks::underflow::<1>,
+            Mode::VIEW_SUPER => thunks::underflow::<2>,
+            // Also before the first call.
+            _ => thunks::underflow::<0>,
+        };
+        let rsp = sh.frames[n].reset(underflow as *const () as u64, below);
         if side == current {
             sh.code_rsp = rsp;
         } else {

@@ -167,19 +167,10 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
         && e.code.offset_of(rip).is_some()
         && let Some(side) = e.in_frame_guard(regs[libc::REG_CR2 as usize] as u64)
     {
-        // Too many calls without a return. Forgetting them costs predictions, nothing else; but a frame that is half
-        // pushed is to be pushed whole.
-        let old = regs[libc::REG_RSP as usize] as u64;
+        // Too many calls without a return. Forgetting them costs predictions, nothing else.
         e.forget_calls_in(side, side);
-        // SAFETY: the shared state outlives the engine; the stack pointer is above the guard, in the frames.
-        unsafe {
-            let mut new = (*e.state).code_rsp;
-            if old & 8 != 0 {
-                new -= 8;
-                *(new as *mut u64) = *(old as *const u64);
-            }
-            regs[libc::REG_RSP as usize] = new as i64;
-        }
+        // SAFETY: the shared state outlives the engine.
+        regs[libc::REG_RSP as usize] = unsafe { (*e.state).code_rsp } as i64;
         return true;
     }
     let Some((kind, base_rip)) = e.fault_at(rip) else { return false };

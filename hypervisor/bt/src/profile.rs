@@ -319,7 +319,7 @@ struct ThunkRange {
 /// All thunks that run between translated code and Rust, by address.
 fn thunk_ranges() -> Vec<ThunkRange> {
     type Door = unsafe extern "sysv64" fn();
-    let doors: [(Door, Option<Cause>); 13] = [
+    let doors: [(Door, Option<Cause>); 18] = [
         (thunks::exit, Some(Cause::Dispatch)),
         (thunks::fault, Some(Cause::Signal)),
         (thunks::mem, Some(Cause::TlbMiss)),
@@ -331,7 +331,12 @@ fn thunk_ranges() -> Vec<ThunkRange> {
         (thunks::lookup_second::<0>, Some(Cause::IndirectMiss)),
         (thunks::lookup_second::<1>, Some(Cause::IndirectMiss)),
         (thunks::lookup_second::<2>, Some(Cause::IndirectMiss)),
-        (thunks::underflow, Some(Cause::IndirectMiss)),
+        (thunks::returned::<0>, Some(Cause::IndirectMiss)),
+        (thunks::returned::<1>, Some(Cause::IndirectMiss)),
+        (thunks::returned::<2>, Some(Cause::IndirectMiss)),
+        (thunks::underflow::<0>, Some(Cause::IndirectMiss)),
+        (thunks::underflow::<1>, Some(Cause::IndirectMiss)),
+        (thunks::underflow::<2>, Some(Cause::IndirectMiss)),
         (thunks::chain, Some(Cause::Chain)),
         (thunks::load_fpu, Some(Cause::LoadSimd)),
     ];
@@ -661,7 +666,7 @@ mod tests {
     #[test]
     fn thunks_are_measured_whole() {
         let ranges = thunk_ranges();
-        assert_eq!(ranges.len(), 15);
+        assert_eq!(ranges.len(), 20);
         for (n, t) in ranges.iter().enumerate() {
             let len = t.range.end - t.range.start;
             assert!((8..LONGEST_THUNK).contains(&len), "{n}: {len}");

@@ -84,8 +84,6 @@ pub(crate) struct BtState {
     pub(crate) code_rsp: u64,
     /// The stack pointers of user and kernel code; of the two, the one that is not in use.
     pub(crate) side_rsp: [u64; 2],
-    /// The negated addresses of their last frames, those that no call made.
-    pub(crate) neg_last_frame: [u64; 2],
     /// The engine, for callouts.
     pub(crate) engine: u64,
     /// Mask that selects the TLB index from an address (for PEXT).
@@ -112,6 +110,8 @@ pub(crate) struct BtState {
     pub(crate) window_fs: u64,
     /// FS base of Rust code on the thread that runs the vCPU.
     pub(crate) host_fs: u64,
+    /// What R11 is to be when Rust sends translated code to a place of its choice.
+    pub(crate) r11: u64,
     /// Places for values that must survive a lookup.
     pub(crate) tmp: [u64; 4],
     /// XSAVE component mask used for the guest's state.
@@ -147,9 +147,8 @@ pub(crate) struct BtState {
     pub(crate) bounce: Bounce,
     pub(crate) tlb: [[TlbEntry; TLB_ENTRIES]; VIEWS],
     pub(crate) jc: [JumpCache; VIEWS],
-    /// The stacks of translated code, of user and kernel code. A call pushes the guest's return address, then calls; a return
-    /// compares, then returns, so that the host CPU predicts the guest's returns. User code must never return to what kernel code
-    /// called from, hence two.
+    /// The stacks of translated code, of user and kernel code. Calls and returns are the host's, so that the CPU predicts them; where a return
+    /// arrives the guest's return address is verified. User code must never return to what kernel code called from, hence two.
     pub(crate) frames: [Frames; 2],
 }
 
@@ -173,16 +172,12 @@ pub(crate) enum Side {
 }
 
 impl Frames {
-    /// The complement of a return address that is not canonical.
-    pub(crate) const NOWHERE: u64 = 1 << 62 | 1;
-
     /// Forgets all calls; gives the stack pointer. `underflow` is where a return without a call would go, `below` the word that is to stand
     /// below the stack pointer.
     pub(crate) fn reset(&mut self, underflow: u64, below: u64) -> u64 {
-        self.words[FRAME_WORDS - 3] = below;
-        self.words[FRAME_WORDS - 2] = underflow;
-        self.words[FRAME_WORDS - 1] = Self::NOWHERE;
-        &raw const self.words[FRAME_WORDS - 2] as u64
+        self.words[FRAME_WORDS - 2] = below;
+        self.words[FRAME_WORDS - 1] = underflow;
+        &raw const self.words[FRAME_WORDS - 1] as u64
     }
 
     /// The word at an address, if it is in this stack.
@@ -261,6 +256,10 @@ pub(crate) enum Thunk {
     LookupUser,
     LookupSmap,
     LookupSuper,
+    /// A return arrived where it does not belong: RCX = where it does, in a view; the poll word names it.
+    ReturnUser,
+    ReturnSmap,
+    ReturnSuper,
     /// Take, and link if possible, a direct exit; R11D = exit number.
     Chain,
     /// Load the guest's x87/SIMD state into the host's registers.
@@ -268,11 +267,16 @@ pub(crate) enum Thunk {
 }
 
 impl Thunk {
-    pub(crate) const COUNT: usize = 11;
+    pub(crate) const COUNT: usize = 14;
 
     /// The lookup that continues a jump-cache miss in a view.
     pub(crate) fn lookup(view: usize) -> Self {
         [Self::LookupUser, Self::LookupSmap, Self::LookupSuper][view]
+    }
+
+    /// Where returns in a view go on that arrived at the wrong place.
+    pub(crate) fn returned(view: usize) -> Self {
+        [Self::ReturnUser, Self::ReturnSmap, Self::ReturnSuper][view]
     }
 
     /// Offset of the slot from the GS base.
@@ -301,10 +305,6 @@ pub(crate) mod off {
     pub(crate) const HIGH_OFFSET: i32 = offset_of!(BtState, high_offset) as i32;
     pub(crate) const LOW_OFFSET: i32 = offset_of!(BtState, low_offset) as i32;
     pub(crate) const KERNEL_TABLE: i32 = offset_of!(BtState, kernel_table) as i32;
-    /// The address of a side's last frame, negated.
-    pub(crate) fn neg_last_frame(side: Side) -> i32 {
-        (offset_of!(BtState, neg_last_frame) + 8 * side as usize) as i32
-    }
     /// A side's stack pointer while the other one runs.
     pub(crate) fn side_rsp(side: Side) -> i32 {
         (offset_of!(BtState, side_rsp) + 8 * side as usize) as i32
@@ -314,6 +314,7 @@ pub(crate) mod off {
     pub(crate) const PAUSES: i32 = offset_of!(BtState, pauses) as i32;
     pub(crate) const REQUEST: i32 = offset_of!(BtState, request) as i32;
     pub(crate) const FPU_LIVE: i32 = offset_of!(BtState, fpu_live) as i32;
+    pub(crate) const POLL_WORD: i32 = offset_of!(BtState, poll_word) as i32;
     pub(crate) const POLL_AT: i32 = offset_of!(BtState, poll_at) as i32;
     pub(crate) const TSC_AUX: i32 = offset_of!(BtState, cpu.tsc_aux) as i32;
     pub(crate) const KERNEL_GS: i32 = offset_of!(BtState, cpu.kernel_gs_base) as i32;
@@ -355,7 +356,7 @@ pub(crate) mod off {
     }
 
     /// The jump cache's doors in a view; entries are 8 bytes.
-    pub(crate) fn jc_doors(view: usize) -> i32 {
+    pub(crate) const fn jc_doors(view: usize) -> i32 {
         (offset_of!(BtState, jc) + size_of::<JumpCache>() * view + offset_of!(JumpCache, doors)) as i32
     }
 }

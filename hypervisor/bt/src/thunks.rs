@@ -11,7 +11,7 @@
 #![allow(unsafe_code)] // Naked functions: the boundary itself cannot be written in safe Rust.
 
 use crate::callouts;
-use crate::state::{BtState, Frames, JumpCache, JumpEntry};
+use crate::state::{BtState, JumpCache, JumpEntry};
 use std::arch::naked_asm;
 use std::mem::offset_of;
 
@@ -28,6 +28,7 @@ const CODE_RSP: usize = offset_of!(BtState, code_rsp);
 const TMP: usize = offset_of!(BtState, tmp);
 const WINDOW_FS: usize = offset_of!(BtState, window_fs);
 const HOST_FS: usize = offset_of!(BtState, host_fs);
+const R11: usize = offset_of!(BtState, r11);
 
 /// Guest registers and flags to memory, then SIMD state when live; Rust's stack. The stack pointer of translated code is
 /// kept, after `called` bytes of return address. Clobbers RAX, RDX; leaves RCX and R11.
@@ -149,6 +150,7 @@ macro_rules! back {
             "ret\n",
             "6:\n",
             restore!(),
+            "mov r11, gs:[{r11}]\n",
             "jmp rcx\n",
             "7:\n",
             leave!(),
@@ -225,6 +227,7 @@ pub(crate) unsafe extern "sysv64" fn mem() {
         "call {f}",
         back!();
         engine = const ENGINE,
+        r11 = const R11,
         f = sym callouts::mem,
     )
 }
@@ -240,6 +243,7 @@ pub(crate) unsafe extern "sysv64" fn seg_mem() {
         "call {f}",
         back!();
         engine = const ENGINE,
+        r11 = const R11,
         f = sym callouts::seg_mem,
     )
 }
@@ -254,6 +258,7 @@ pub(crate) unsafe extern "sysv64" fn commit() {
         "call {f}",
         back!();
         engine = const ENGINE,
+        r11 = const R11,
         f = sym callouts::commit,
     )
 }
@@ -268,6 +273,7 @@ pub(crate) unsafe extern "sysv64" fn emulate() {
         "call {f}",
         back!();
         engine = const ENGINE,
+        r11 = const R11,
         f = sym callouts::emulate,
     )
 }
@@ -282,6 +288,7 @@ pub(crate) unsafe extern "sysv64" fn lookup() {
         "call {f}",
         back!();
         engine = const ENGINE,
+        r11 = const R11,
         f = sym callouts::lookup,
     )
 }
@@ -328,24 +335,38 @@ unsafe extern "sysv64" fn missed() {
         "call {f}",
         back!();
         engine = const ENGINE,
+        r11 = const R11,
         f = sym callouts::missed,
     )
 }
 
-/// Where a return goes that no call was made for: the guest has returned to [`Frames::NOWHERE`], which is not canonical.
+/// [`crate::state::Thunk::ReturnUser`] and its kin, jumped to: RCX = where a return leads that arrived elsewhere, and stands in the poll
+/// word. It goes through the jump cache, or to Rust if somebody wants the vCPU.
 #[unsafe(naked)]
-pub(crate) unsafe extern "sysv64" fn underflow() {
+pub(crate) unsafe extern "sysv64" fn returned<const VIEW: usize>() {
     naked_asm!(
-        "lea rsp, [rsp-16]",
-        "mov rcx, {nowhere}",
         "mov gs:[{rip}], rcx",
-        "mov r11d, {none}",
-        "jmp {f}",
-        nowhere = const !Frames::NOWHERE,
+        "mov ecx, gs:[{request}]",
+        "jrcxz 2f",
+        "mov r11d, gs:[{poll}]",
+        "jmp {miss}",
+        "2:",
+        "mov rcx, gs:[{rip}]",
+        "pext r11, rcx, gs:[{mask}]",
+        "jmp gs:[r11*8+{doors}]",
         rip = const offset_of!(BtState, cpu.rip),
-        none = const crate::block::NO_CALLOUT,
-        f = sym lookup,
+        request = const offset_of!(BtState, request),
+        poll = const offset_of!(BtState, poll_word),
+        mask = const offset_of!(BtState, jc_mask),
+        doors = const crate::state::off::jc_doors(VIEW),
+        miss = sym missed,
     )
+}
+
+/// Where a return goes that no call was made for.
+#[unsafe(naked)]
+pub(crate) unsafe extern "sysv64" fn underflow<const VIEW: usize>() {
+    naked_asm!("lea rsp, [rsp-8]", "jmp {f}", f = sym returned::<VIEW>)
 }
 
 /// [`crate::state::Thunk::Chain`], jumped to: R11D = exit.
@@ -358,6 +379,7 @@ pub(crate) unsafe extern "sysv64" fn chain() {
         "call {f}",
         back!();
         engine = const ENGINE,
+        r11 = const R11,
         f = sym callouts::chain,
     )
 }

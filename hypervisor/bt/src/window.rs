@@ -8,7 +8,7 @@
 //! | window | guest addresses | host addresses | prefix |
 //! |---|---|---|---|
 //! | high | in 2^46 to 2^47: position-independent programs, libraries, stacks | lower by [`High::distance`] | FS |
-//! | low | below 2^32: other programs and their heaps | the vCPU's state + [`LOW_DISTANCE`] | GS |
+//! | low | below 2^31: other programs and their heaps | the vCPU's state + [`LOW_DISTANCE`] | GS |
 //!
 //! **Isolation.** Emitted code checks the base register (or the whole address) before it uses a prefix. For the high window
 //! [a few bits](High::mask) are enough: an address that has them and any higher bit too is not canonical on the host, or nothing is
@@ -48,7 +48,7 @@ use tables::Table;
 use worth::{Cost, Verdict, Worth};
 
 /// An address belongs to the low window when this many bits shifted out leave 0.
-pub(crate) const LOW_SHIFT: u8 = 32;
+pub(crate) const LOW_SHIFT: u8 = 31;
 /// The bits that [`LOW_SHIFT`] leaves.
 pub(crate) const LOW_MASK: u64 = !0 << LOW_SHIFT;
 /// Where the low window begins, from the vCPU's state on.

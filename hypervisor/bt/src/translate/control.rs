@@ -5,7 +5,7 @@
 //! changes. Backward and indirect exits poll: they go through a pointer that leads nowhere when somebody wants the vCPU's attention, and fault.
 
 use super::memory::{Access, Dest, Ea, MemOp, Value};
-use super::{RawExit, Translator};
+use super::{RawExit, Translator, door};
 use crate::asm::{Asm, Base, H, Label, M, Reloc, cc};
 use crate::block::{Action, FaultKind, Mode, NO_CALLOUT};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
@@ -368,10 +368,10 @@ impl Translator<'_> {
         }
         // Forward too: 40 functions of which each calls the next one twice never jump back, and are at it for hours.
         self.poll_before(target);
-        self.push_frame(self.mode.has(Mode::WINDOW));
         let stub = self.asm.label();
         let patch = self.asm.call_patchable(stub);
         self.add_exit(target, self.mode, patch, stub);
+        self.land();
         self.exit_to(self.cur_next, self.mode, false);
     }
 
@@ -383,23 +383,18 @@ impl Translator<'_> {
         m.calls() && (m.has(Mode::WINDOW) || (self.start_rip >> 63 != 0 && m.has(Mode::GLOBAL)))
     }
 
-    /// Pushes the complement of the guest's return address on the translated code's stack. The call must follow before anything can
-    /// fault: a frame is two words, always. An address that is no sign-extended constant is taken from R11 if it is `there`, since it was stored
-    /// on the guest's stack through a window.
-    fn push_frame(&mut self, there: bool) {
-        match i32::try_from(!self.cur_next as i64) {
-            Ok(low) => {
-                self.asm.pin();
-                self.asm.push_imm32(low);
-            }
-            Err(_) => {
-                if there {
-                    self.asm.not(H::R11);
-                } else {
-                    self.asm.mov_minus_rip(H::R11, !self.cur_next);
-                }
-                self.asm.push(H::R11);
-            }
+    /// Behind a call: where the return from it arrives, and returns from elsewhere, which the guest's return address in RCX tells. Nothing
+    /// else is known of them.
+    fn land(&mut self) {
+        let wrong = door::open(self.asm, self.cur_next);
+        self.landings.push((wrong, self.cur_next));
+    }
+
+    /// Behind the block: the ways of those who arrived at the wrong place.
+    pub(crate) fn emit_landings(&mut self) {
+        let to = Thunk::returned(self.mode.view());
+        for (wrong, rip) in std::mem::take(&mut self.landings) {
+            door::turn_away(self.asm, rip, to, wrong);
         }
     }
 
@@ -438,9 +433,9 @@ impl Translator<'_> {
         }
         let n = self.note_callout(i, Action::Branch);
         self.poll_branch(n);
-        self.push_frame(false);
         let door = self.door_of_rcx(self.mode.view());
         self.asm.call_mem(door);
+        self.land();
         self.exit_to(self.cur_next, self.mode, false);
     }
 
@@ -469,42 +464,11 @@ impl Translator<'_> {
         if !self.has_frames() {
             return self.exit_rcx(i);
         }
-        // No poll: there was one at the call, and whoever returns elsewhere polls.
-        let a = &mut self.asm;
-        let (ok, other) = (a.label(), a.label());
-        a.load(H::R11, M::base(H::RSP, 8));
-        a.lea(H::RCX, M { disp: 1, ..M::base_index(H::RCX, H::R11) });
-        a.jrcxz(ok);
-        a.jmp(other);
-        a.bind(ok);
-        a.ret8();
-        self.other_returns.push((other, *i));
-    }
-
-    /// Behind the block: returns to where the last call did not come from.
-    pub(crate) fn emit_other_returns(&mut self) {
-        let side = self.mode.side();
-        for (label, i) in std::mem::take(&mut self.other_returns) {
-            let a = &mut self.asm;
-            a.bind(label);
-            // RCX is the distance from the address expected.
-            a.load(H::R11, M::base(H::RSP, 8));
-            a.not(H::R11);
-            a.lea(H::RCX, M::base_index(H::RCX, H::R11));
-            a.store(M::gs(off::RIP), H::RCX);
-            // Drop the frame, unless it is the last one.
-            let last = a.label();
-            a.load(H::R11, M::gs(off::neg_last_frame(side)));
-            // RSP can be a base and no index.
-            a.lea(H::RCX, M::base_index(H::RSP, H::R11));
-            a.jrcxz(last);
-            a.lea(H::RSP, M::base(H::RSP, 16));
-            a.bind(last);
-            a.load(H::RCX, M::gs(off::RIP));
-            let n = self.note_callout(&i, Action::Branch);
-            self.poll_branch(n);
-            self.jump_through_cache(self.mode.view());
-        }
+        // No poll: there was one at the call, and whoever arrives elsewhere polls. Those must know who they are if RCX is not canonical.
+        let n = self.note_callout(i, Action::Branch);
+        self.asm.store_imm32(M::gs(off::POLL_WORD), n as i32);
+        self.asm.numbered(Reloc::Callout);
+        self.asm.ret();
     }
 
     fn slot_of_ret(&self, i: &Instruction) -> u8 {
@@ -530,7 +494,7 @@ impl Translator<'_> {
             };
             let d = match home(n) {
                 Home::Host(d) => d,
-                Home::Spilled(_) => H::RCX,
+                Home::Spilled(_) => H::R11,
             };
             if w == Width::B64 && ea.bits == 64 {
                 self.asm.lea(d, m);

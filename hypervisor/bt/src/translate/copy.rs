@@ -68,6 +68,7 @@ impl Translator<'_> {
         if loc.is_none()
             && names_spilled(i)
             && let Some((there, g)) = self.in_place(i)
+            && (overwrites(&there) || (self.asm.shadow() != u8::try_from(g).ok() && !changes(&there)))
         {
             return self.emit_guest(&there, Some(Loc::At(M::gs(off::gpr(g)))));
         }
@@ -195,6 +196,10 @@ impl Translator<'_> {
                 self.asm.mov(rcx_host, H::GUEST_RCX);
             }
         }
+        // What R11 holds already stays there.
+        if let Some(k) = temps[..count].iter().position(|t| self.asm.shadow() == u8::try_from(t.guest).ok()) {
+            temps.swap(0, k);
+        }
         let mut place = [H::R11; 4];
         for k in 0..count {
             place[k] = match free.iter_mut().find_map(Option::take) {
@@ -240,8 +245,12 @@ impl Translator<'_> {
         }
         out.set_segment_prefix(mem.seg.register());
         let at = self.asm.pos();
+        let shadow = self.asm.shadow();
         if let Err(e) = self.asm.guest(&out) {
             self.encode_failed(i, &e);
+        }
+        if (0..count).any(|k| place[k] == H::R11 && !temps[k].write) {
+            self.asm.set_shadow(shadow);
         }
         if let (Some(site), Some(Loc::At(_))) = (self.window_site, loc) {
             self.fault_site(at, FaultKind::Window { site, borrowed: borrowed.map(|h| h.0) });
@@ -392,6 +401,16 @@ fn shift_without_flags(i: &mut Instruction) {
     i.set_op1_register(shifted);
     i.set_op2_kind(OpKind::Register);
     i.set_op2_register(count);
+}
+
+/// Whether an instruction writes its first operand without reading it, and has it in memory.
+fn overwrites(i: &Instruction) -> bool {
+    i.op0_kind() == OpKind::Memory && i.mnemonic() == Mnemonic::Mov
+}
+
+/// Whether an instruction reads its first operand and writes it, and has it in memory.
+fn changes(i: &Instruction) -> bool {
+    i.op0_kind() == OpKind::Memory && !matches!(i.mnemonic(), Mnemonic::Mov | Mnemonic::Cmp | Mnemonic::Test)
 }
 
 /// Whether an instruction names a register that lives in memory.

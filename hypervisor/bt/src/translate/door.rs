@@ -42,10 +42,10 @@ pub(super) fn open(a: &mut Asm, rip: u64) -> Label {
 }
 
 /// What stands at that label: RCX becomes what it was, and the search goes on.
-pub(super) fn turn_away(a: &mut Asm, rip: u64, view: usize, wrong: Label) {
+pub(super) fn turn_away(a: &mut Asm, rip: u64, to: Thunk, wrong: Label) {
     a.bind(wrong);
     add_to_rcx(a, rip, false);
-    a.jmp_mem(M::gs(Thunk::lookup(view).offset()));
+    a.jmp_mem(M::gs(to.offset()));
 }
 
 /// A door that stands alone. Gives the place of the displacement of its jump to the block's entry.
@@ -55,7 +55,7 @@ pub(crate) fn alone(a: &mut Asm, rip: u64, view: usize) -> u32 {
     add_to_rcx(a, rip, true);
     a.jrcxz(right);
     let wrong = a.here();
-    turn_away(a, rip, view, wrong);
+    turn_away(a, rip, Thunk::lookup(view), wrong);
     a.bind(right);
     let patch = a.jump_patchable(None, end);
     a.bind(end);

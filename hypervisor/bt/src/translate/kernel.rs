@@ -39,8 +39,9 @@ impl Translator<'_> {
         self.window_site = Some(site);
         self.emit_op(op, Loc::At(operand));
         self.window_site = None;
-        self.asm.bind(done);
-        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op: *op, write: acc.write, other: None });
+        self.asm.bind_with_shadow(done);
+        let shadow = self.asm.shadow();
+        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op: *op, write: acc.write, other: None, shadow });
         true
     }
 

@@ -168,6 +168,8 @@ pub(crate) struct Slow {
     pub(super) write: bool,
     /// An access through a window: the other window is tried first.
     pub(super) other: Option<super::window::Other>,
+    /// The guest register that R11 has to hold behind the access.
+    pub(super) shadow: Option<u8>,
 }
 
 impl Translator<'_> {
@@ -274,7 +276,7 @@ impl Translator<'_> {
         self.emit_lookup(acc.size, acc.write, acc.flags_live, slow);
         self.emit_op(&op, Loc::Indexed);
         self.asm.bind(done);
-        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op, write: acc.write, other: None });
+        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op, write: acc.write, other: None, shadow: None });
     }
 
     /// Records an access that begins here; gives its number.
@@ -299,6 +301,7 @@ impl Translator<'_> {
             block: self.block,
             delta: self.cur_delta(),
             retry: self.asm.pos(),
+            shadow: self.asm.shadow(),
             slow: 0,
             window: false,
             kernel: false,
@@ -385,12 +388,16 @@ impl Translator<'_> {
                 self.asm.mov_site(s.site);
                 self.asm.call_gs(Thunk::Commit.offset());
             }
-            if let MemOp::Store(Value::Imm(v), 8) = s.op {
-                // A call's return address is needed once more.
-                self.asm.mov_rip_or_short(H::R11, v);
-            }
-            self.asm.jmp(s.done);
+            self.back_in_line(&s);
         }
+    }
+
+    /// Goes on behind the access.
+    pub(super) fn back_in_line(&mut self, s: &Slow) {
+        if let Some(g) = s.shadow {
+            self.asm.load(H::R11, M::gs(off::gpr(usize::from(g))));
+        }
+        self.asm.jmp(s.done);
     }
 
     /// Emits what is done at a reachable operand.

@@ -107,8 +107,8 @@ pub(crate) struct Translator<'a> {
     exits: Vec<RawExit>,
     /// Side exits that cannot be linked: where they come from, the way they go.
     far_sides: Vec<(crate::asm::Label, u64)>,
-    /// Returns whose frame does not match: to be emitted.
-    other_returns: Vec<(crate::asm::Label, Instruction)>,
+    /// Where returns arrive behind calls: the ways of those that belong elsewhere, with the addresses they were taken for.
+    landings: Vec<(crate::asm::Label, u64)>,
     slow_strings: Vec<string::SlowString>,
     slow_runs: Vec<runs::SlowRun>,
     /// Where the block's last branch leads that polls, if no flag is live there.
@@ -201,7 +201,7 @@ impl<'a> Translator<'a> {
             slow: Vec::new(),
             exits: Vec::new(),
             far_sides: Vec::new(),
-            other_returns: Vec::new(),
+            landings: Vec::new(),
             slow_strings: Vec::new(),
             slow_runs: Vec::new(),
             flags_free_at: None,
@@ -312,7 +312,7 @@ impl<'a> Translator<'a> {
         }
         self.asm.cold();
         if let Some((_, wrong)) = door {
-            door::turn_away(self.asm, self.start_rip, self.mode.view(), wrong);
+            door::turn_away(self.asm, self.start_rip, Thunk::lookup(self.mode.view()), wrong);
         }
         self.emit_slow_runs();
         self.emit_slow_paths();
@@ -320,7 +320,7 @@ impl<'a> Translator<'a> {
         self.emit_far_sides();
         self.emit_lost_stacks();
         self.emit_polled();
-        self.emit_other_returns();
+        self.emit_landings();
         self.emit_stubs();
         let guest_len = (last.ip().wrapping_add(last.len() as u64)).wrapping_sub(self.start_rip) as u32;
         Translated {

@@ -144,8 +144,9 @@ impl Translator<'_> {
         self.emit_op(op, Loc::At(operand));
         self.window_site = None;
         self.accessed = true;
-        self.asm.bind(done);
-        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op: *op, write: acc.write, other });
+        self.asm.bind_with_shadow(done);
+        let shadow = self.asm.shadow();
+        self.slow.push(Slow { slow, done, ea: acc.ea, pre, site, op: *op, write: acc.write, other, shadow });
         true
     }
 
@@ -280,15 +281,14 @@ impl Translator<'_> {
                 }
                 a.jrcxz(ok);
                 let patch = a.jump_patchable(None, fail);
-                a.bind(ok);
+                a.bind_with_shadow(ok);
                 return patch;
             }
             Subject::Register(h) if region == Region::High => return Self::emit_high_check(a, bits, h, fail),
             Subject::Register(H::RCX) => {}
             Subject::Register(h) => {
-                // One operation less than a shift: the comparison and the jump are one.
-                a.mov32(H::RCX, h);
-                a.cmp_flags(H::RCX, h);
+                // The test and the jump are one operation.
+                a.test_upper_flags(h);
                 return a.jump_patchable(Some(cc::NE), fail);
             }
             Subject::Address(m) => a.lea(H::RCX, m),
@@ -296,7 +296,7 @@ impl Translator<'_> {
         match region {
             Region::High => Self::emit_high_check(a, bits, H::RCX, fail),
             Region::Low => {
-                a.shr_flags(H::RCX, LOW_SHIFT);
+                a.test_upper_flags(H::RCX);
                 a.jump_patchable(Some(cc::NE), fail)
             }
         }
@@ -319,7 +319,7 @@ impl Translator<'_> {
         self.window_site = Some(s.site);
         self.emit_op(&s.op, Loc::At(o.region.operand(o.operand)));
         self.window_site = None;
-        self.asm.jmp(s.done);
+        self.back_in_line(s);
     }
 
     /// The instruction emitted next may fault at a window.

@@ -30,7 +30,7 @@ pub(crate) const HIGH: u64 = 0x5600_0000_0000;
 /// From the base on: a page of data, the end of the stack, and room for what a test maps itself.
 pub(crate) const DATA: u64 = 0x10_0000;
 pub(crate) const STACK: u64 = 0x20_0000;
-pub(crate) const ROOM: u64 = 0x4000_0000;
+pub(crate) const ROOM: u64 = 0x2000_0000;
 pub(crate) const KERNEL: u64 = 0xffff_8000_0000_0000;
 
 /// Guest-physical places.

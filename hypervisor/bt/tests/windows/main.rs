@@ -41,6 +41,7 @@ mod drift;
 mod guest;
 mod kernel;
 mod mapped;
+mod shadow;
 mod strings;
 mod wild;
 
@@ -610,6 +611,8 @@ fn forbidden(base: u64, secrets: &[u64]) -> Vec<u64> {
     const LAST: u64 = 0x7fff_ffff_fffc;
     let mut out = vec![
         0,
+        0x7fff_fff8,
+        1 << 31,
         0xffff_fff8,
         1 << 32,
         (1 << 46) - 8,

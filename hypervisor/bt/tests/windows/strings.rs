@@ -43,7 +43,7 @@ fn strings_go_from_one_window_to_the_other() {
 /// An operand whose end is in no window, or in the other one, is for Rust to see to.
 #[test]
 fn strings_that_leave_their_window_fault_where_they_do() {
-    for (to, count) in [((1 << 32) - 8, 100u64), ((1 << 47) - 8, 100), (HIGH + ROOM, 1 << 41)] {
+    for (to, count) in [((1 << 31) - 8, 100u64), ((1 << 32) - 8, 100), ((1 << 47) - 8, 100), (HIGH + ROOM, 1 << 41)] {
         let outcomes = [Windows::Off, Windows::Always].map(|policy| {
             let mut g = Guest::new(policy, LOW, far::code());
             let (page, ram) = (to & !0xfff, g.ram.clone());
