@@ -705,6 +705,11 @@ impl Asm {
         self.imm32(v);
     }
 
+    /// Clobbers flags: `cmp r, s` (64-bit).
+    pub(crate) fn cmp_flags(&mut self, r: H, s: H) {
+        self.rr(true, &[0x3b], r.0, s);
+    }
+
     /// Clobbers flags: `cmp r, m` (64-bit).
     pub(crate) fn cmp_mem_flags(&mut self, r: H, m: M) {
         self.rm(true, &[0x3b], r.0, m);

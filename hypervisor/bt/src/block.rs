@@ -294,6 +294,30 @@ pub(crate) struct Site {
     pub(crate) seg: u8,
 }
 
+impl Site {
+    /// The access of one element that a string instruction makes.
+    pub(crate) fn of_string(block: BlockId, size: u16, write: bool) -> Self {
+        Self {
+            block,
+            delta: 0,
+            retry: 0,
+            shadow: None,
+            size,
+            read: !write,
+            write,
+            slow: 0,
+            window: false,
+            kernel: false,
+            simd: false,
+            align: 0,
+            x87: false,
+            late_fault: false,
+            masked: false,
+            seg: 3,
+        }
+    }
+}
+
 /// An instruction that Rust carries out.
 pub(crate) struct Callout {
     pub(crate) block: BlockId,

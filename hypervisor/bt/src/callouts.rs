@@ -1,7 +1,7 @@
 //! What translated code asks of Rust. Each function is called by the thunk of the same name with the guest's state stored.
 #![allow(unsafe_code)] // Receives the engine as a raw pointer from the thunks.
 
-use crate::block::{Action, Mode, NO_CALLOUT};
+use crate::block::{Action, Mode, NO_CALLOUT, Site};
 use crate::dispatch::EXIT_RESYNC;
 use crate::engine::Engine;
 use crate::kernel::STRING_SHIFT;
@@ -171,9 +171,17 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
         st.rip = i.ip();
         return e.go();
     }
-    if mode.has(Mode::MAPPED) && mode.view() as u32 == Mode::VIEW_SMAP && e.string_in_kernel(&i, block as u32) {
-        st.rip = i.ip();
-        return e.go();
+    let faulted = std::mem::take(&mut e.string_fault);
+    if mode.has(Mode::MAPPED) {
+        let again = match mode.view() as u32 {
+            Mode::VIEW_SMAP => e.string_in_kernel(&i, block as u32),
+            Mode::VIEW_SUPER => e.string_across(&i, block as u32, faulted),
+            _ => false,
+        };
+        if again {
+            st.rip = i.ip();
+            return e.go();
+        }
     }
     e.stats.emulated += 1;
     e.emulated[i.mnemonic() as usize] += 1;
@@ -274,6 +282,31 @@ impl Engine {
         // Long ones come to Rust in any case.
         let whole = count.wrapping_mul(i.memory_size().size() as u64) >= 4096;
         count >> STRING_SHIFT == 0 && self.map_string_for_kernel(movs.then_some(rsi), rdi, whole, i.ip(), block)
+    }
+}
+
+impl Engine {
+    /// Brings what a REP MOVS or REP STOS between the kernel and user memory is at to where translated code finds it: the page of the kernel's
+    /// operand into its mapping, if the host's instruction has `faulted` there, or that of the user's into the soft TLB. False when neither helps.
+    fn string_across(&mut self, i: &iced_x86::Instruction, block: u32, faulted: bool) -> bool {
+        let Some(movs) = rep_moves(i) else { return false };
+        let st = self.cpu();
+        let (rsi, rdi, count) = (st.gpr[Reg::Rsi as usize], st.gpr[Reg::Rdi as usize], st.gpr[Reg::Rcx as usize]);
+        let kernel = |la: u64| la >> 63 != 0;
+        let one_of_each = !movs || kernel(rsi) != kernel(rdi);
+        if count.wrapping_sub(1) >> STRING_SHIFT != 0 || !one_of_each || self.kernel.kept.contains_key(&i.ip()) {
+            return false;
+        }
+        let size = i.memory_size().size();
+        let (la, write) = if kernel(rdi) == faulted { (rdi, true) } else { (rsi, false) };
+        if !movs && !write {
+            return false;
+        }
+        if faulted {
+            return self.map_operand_for_kernel(la, write, i.ip(), block);
+        }
+        let site = Site::of_string(block, size as u16, write);
+        matches!(self.resolve(la, &site), Ok(Resolved::Filled))
     }
 }
 

@@ -211,6 +211,8 @@ pub(crate) struct Engine {
 
     pub(crate) window: Window,
     pub(crate) kernel: Kernel,
+    /// The host's string instruction has faulted, and Rust has not looked yet.
+    pub(crate) string_fault: bool,
     /// The modes in which the calls of each [`Side`] were made.
     pub(crate) calls_mode: [Mode; 2],
     /// [`crate::block::Mode::MIXED`] when the next block is to be of that kind.
@@ -332,6 +334,7 @@ impl Engine {
             machine_stopping: false,
             pause_limit,
             cache_full: false,
+            string_fault: false,
         };
         for side in [Side::Kernel, Side::User] {
             e.forget_calls_in(side, Side::User);

@@ -209,7 +209,9 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             if s.read {
                 regs[libc::REG_RSI as usize] = regs[libc::REG_RSI as usize].wrapping_add(si as i64);
             }
-            regs[greg(H::GUEST_RCX)] = regs[libc::REG_RCX as usize];
+            let left = regs[greg(H::GUEST_RCX)].wrapping_add(regs[libc::REG_RCX as usize]);
+            regs[greg(H::GUEST_RCX)] = left;
+            e.string_fault = true;
             let b = &e.tables.blocks[s.block as usize];
             regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
             return true;

@@ -454,7 +454,9 @@ impl Engine {
         rip: u64,
         block: BlockId,
     ) -> bool {
-        if self.kernel.kept.contains_key(&rip) {
+        // Text is patched by way of addresses in the lower half, by the function that copies everything else.
+        let lower = |la: u64| la >> 63 == 0;
+        if self.kernel.kept.contains_key(&rip) || lower(to) || from.is_some_and(lower) {
             return false;
         }
         self.stats.kernel_misses += 1;
@@ -467,6 +469,17 @@ impl Engine {
             self.keep_from_kernel(rip, block, written.weight());
         }
         done
+    }
+
+    /// Maps what a string instruction at `rip` has faulted at, one of its operands; false when that changes nothing. If that goes on, it is kept
+    /// from kernel mappings.
+    pub(crate) fn map_operand_for_kernel(&mut self, la: u64, write: bool, rip: u64, block: BlockId) -> bool {
+        self.stats.kernel_misses += 1;
+        let found = self.map_kernel_page(la, write);
+        if found != Missing::Mapped {
+            self.keep_from_kernel(rip, block, found.weight());
+        }
+        found == Missing::Mapped
     }
 
     /// An instruction whose operand cannot be mapped: if that goes on, it is translated with the soft TLB.

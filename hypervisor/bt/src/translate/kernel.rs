@@ -20,6 +20,11 @@ impl Translator<'_> {
         self.mode.has(Mode::MAPPED) && self.mode.view() as u32 == Mode::VIEW_SMAP && !self.kept.contains_key(&rip)
     }
 
+    /// Whether a string instruction at `rip`, where the kernel may access user memory, reaches its kernel operand by way of its mapping.
+    pub(super) fn maps_one_operand(&self, rip: u64) -> bool {
+        self.mode.has(Mode::MAPPED) && self.mode.view() as u32 == Mode::VIEW_SUPER && !self.kept.contains_key(&rip)
+    }
+
     /// Loads what to add to the address in `base` into RCX. Leaves flags alone.
     pub(super) fn emit_kernel_distance(&mut self, base: H) {
         let a = &mut self.asm;

@@ -39,6 +39,9 @@ impl Translator<'_> {
             (false, _, _) => self.string_once(reads, writes, size, flags_live),
             (true, _, true) if self.mode.has(Mode::WINDOW) => self.string_rep_window(i, reads, size, flags_live),
             (true, _, true) if self.maps_kernel(self.cur_rip) => self.string_rep_kernel(i, reads, size),
+            (true, _, true) if self.maps_one_operand(self.cur_rip) => {
+                self.string_rep_across(i, reads, size, flags_live);
+            }
             (true, _, true) => self.string_rep(i, reads, size, flags_live),
             _ => self.callout(i, Action::Emulate),
         }
@@ -177,13 +180,19 @@ impl Translator<'_> {
         }
         let site = self.string_on_host(movs, size);
         self.asm.bind(end);
-        self.slow_strings.push(SlowString { site, slow, slow_flags, end, instr: *i, flags_live });
+        self.slow_strings.push(SlowString { site, slow, slow_flags, end, instr: *i, flags_live, rdx: false });
+    }
+
+    /// All of a string at once, see [`Self::string_run`].
+    fn string_on_host(&mut self, movs: bool, size: u8) -> u32 {
+        self.asm.mov(H::RCX, H::GUEST_RCX);
+        self.asm.mov_imm(H::GUEST_RCX, 0);
+        self.string_run(movs, size)
     }
 
     /// The host's instruction, once RDI and RSI hold the host's addresses and slots 2 and 3 how far these are from the guest's, by which
-    /// the signal handler turns the registers back too. Gives its site.
-    fn string_on_host(&mut self, movs: bool, size: u8) -> u32 {
-        self.asm.mov(H::RCX, H::GUEST_RCX);
+    /// the signal handler turns the registers back too. RCX is the host's count, and the guest's RCX what is left behind it. Gives its site.
+    fn string_run(&mut self, movs: bool, size: u8) -> u32 {
         let at = self.asm.pos();
         self.asm.rep_string(movs, size);
         let site = self.note_string_site(movs);
@@ -194,7 +203,6 @@ impl Translator<'_> {
             a.not(H::RCX);
             a.lea(r, M { disp: 1, ..M::base_index(r, H::RCX) });
         }
-        self.asm.mov_imm(H::GUEST_RCX, 0);
         site
     }
 
@@ -214,14 +222,88 @@ impl Translator<'_> {
         }
         let site = self.string_on_host(movs, size);
         self.asm.bind(end);
-        self.slow_strings.push(SlowString { site, slow, slow_flags: slow, end, instr: *i, flags_live: false });
+        let (slow_flags, flags_live, rdx) = (slow, false, false);
+        self.slow_strings.push(SlowString { site, slow, slow_flags, end, instr: *i, flags_live, rdx });
+    }
+
+    /// REP MOVS and REP STOS where the kernel may access user memory: an operand of the kernel's is reached by way of its mapping, one of the user's by
+    /// the soft TLB, page by page. Slot 0 keeps RDX, which is how many elements go at once; slot 1 the flags; slots 2 and 3 are as elsewhere.
+    fn string_rep_across(&mut self, i: &Instruction, movs: bool, size: u8, flags_live: bool) {
+        let shift = size.trailing_zeros() as u8;
+        let (slow, again, end) = (self.asm.label(), self.asm.label(), self.asm.label());
+        if flags_live {
+            self.asm.pushfq();
+            self.asm.pop(H::RCX);
+            self.asm.store(M::gs(off::TMP + 8), H::RCX);
+        }
+        let a = &mut self.asm;
+        a.store(M::gs(off::TMP), H::RDX);
+        // None at all is left to Rust, too.
+        a.lea(H::RCX, M::base(H::GUEST_RCX, -1));
+        a.shr_flags(H::RCX, STRING_SHIFT);
+        a.jcc(cc::NE, slow);
+        a.bind(again);
+        a.mov(H::RDX, H::GUEST_RCX);
+        for (r, _, slot) in string_operands(movs) {
+            let (user, found, fewer) = (self.asm.label(), self.asm.label(), self.asm.label());
+            self.asm.bt_flags(r, 63);
+            self.asm.jcc(cc::NC, user);
+            self.emit_kernel_distance(r);
+            self.asm.jmp(found);
+            self.asm.bind(user);
+            self.asm.mov(H::RCX, r);
+            self.emit_lookup(u16::from(size), r == H::RDI, false, slow);
+            let a = &mut self.asm;
+            a.lea(H::R11, M::base_index(H::R11, H::RCX));
+            // What is left of the page, in elements.
+            a.mov32(H::RCX, r);
+            a.and32_flags(H::RCX, 0xfff);
+            a.not(H::RCX);
+            a.lea(H::RCX, M::base(H::RCX, 4097));
+            if shift > 0 {
+                a.shr_flags(H::RCX, shift);
+            }
+            a.cmp_flags(H::RCX, H::RDX);
+            a.jcc(cc::NC, fewer);
+            a.mov(H::RDX, H::RCX);
+            a.bind(fewer);
+            a.mov(H::RCX, r);
+            a.not(H::RCX);
+            a.lea(H::RCX, M { disp: 1, ..M::base_index(H::R11, H::RCX) });
+            a.bind(found);
+            a.store(M::gs(slot), H::RCX);
+        }
+        let a = &mut self.asm;
+        for (r, _, slot) in string_operands(movs) {
+            a.load(H::RCX, M::gs(slot));
+            a.lea(r, M::base_index(r, H::RCX));
+        }
+        a.mov(H::RCX, H::RDX);
+        a.not(H::RDX);
+        a.lea(H::GUEST_RCX, M { disp: 1, ..M::base_index(H::GUEST_RCX, H::RDX) });
+        let site = self.string_run(movs, size);
+        let a = &mut self.asm;
+        a.cmp_imm_flags(H::GUEST_RCX, 0);
+        a.jcc(cc::NE, again);
+        a.load(H::RDX, M::gs(off::TMP));
+        if flags_live {
+            a.load(H::RCX, M::gs(off::TMP + 8));
+            a.push(H::RCX);
+            a.popfq();
+        }
+        a.bind(end);
+        self.slow_strings.push(SlowString { site, slow, slow_flags: slow, end, instr: *i, flags_live, rdx: true });
     }
 
     /// Behind the block: what the windows do not hold is done by Rust.
     pub(crate) fn emit_slow_strings(&mut self) {
         for s in std::mem::take(&mut self.slow_strings) {
             self.cur_rip = s.instr.ip();
-            if s.slow_flags != s.slow {
+            if s.rdx {
+                self.asm.bind(s.slow);
+                self.tables.sites[s.site as usize].slow = self.asm.pos();
+                self.asm.load(H::RDX, M::gs(off::TMP));
+            } else if s.slow_flags != s.slow {
                 self.asm.bind(s.slow_flags);
             }
             if s.flags_live {
@@ -229,8 +311,10 @@ impl Translator<'_> {
                 self.asm.push(H::RCX);
                 self.asm.popfq();
             }
-            self.asm.bind(s.slow);
-            self.tables.sites[s.site as usize].slow = self.asm.pos();
+            if !s.rdx {
+                self.asm.bind(s.slow);
+                self.tables.sites[s.site as usize].slow = self.asm.pos();
+            }
             self.callout(&s.instr, Action::Emulate);
             self.asm.jmp(s.end);
         }
@@ -250,4 +334,6 @@ pub(crate) struct SlowString {
     end: Label,
     instr: Instruction,
     flags_live: bool,
+    /// RDX is in slot 0, and to be brought back.
+    rdx: bool,
 }

@@ -292,3 +292,72 @@ fn large_pages_go_as_a_whole() {
         },
     );
 }
+
+/// Pages of user memory, of which the sixth is not there.
+const USER_AT: u64 = LOW + ROOM;
+
+// R14 times: 6,000 bytes from user memory to the kernel's and 700 words back, with flags that are asked for behind it, and as many zeros as the last
+// page has room for.
+guest!(
+    crosses,
+    "stac; xor ebp, ebp",
+    "2: lea rsi, [r8+0x123]; mov rdi, r9; mov ecx, 6000; rep movsb; mov r15, rdi; lea rsi, [r10+8]; lea rdi, [r8+0x2e01]; mov ecx, 700",
+    "stc; rep movsq; adc rbp, rsi; mov eax, 0x1234567; mov ecx, 0; rep stosd; mov ecx, 77; rep stosd; mov r13, rdi; dec r14d; jnz 2b; clac; hlt",
+);
+
+// As many words as RCX says, from RSI to RDI.
+guest!(crosses_until, "stac; mov edx, 0x55; rep movsq; clac; mov rbx, rdx; hlt");
+
+fn user_pages(g: &mut Guest) {
+    for n in 0..5 {
+        g.map(USER_AT + n * 0x1000, POOL + n * 0x1000);
+        for k in 0..512 {
+            g.ram.put(POOL + n * 0x1000 + k * 8, n << 32 | k);
+        }
+    }
+}
+
+#[test]
+fn strings_between_kernel_and_user_memory_go_across_pages() {
+    let registers = [(Reg::R8, USER_AT), (Reg::R9, DATA_AT + 0x45), (Reg::R10, FAR_AT), (Reg::R14, 50)];
+    both(crosses::code(), &registers, user_pages, |g, (faults, gpr)| {
+        assert_eq!(faults.len(), 0);
+        let to = USER_AT + 0x2e01 + 5600;
+        assert_eq!((gpr[Reg::R15 as usize], gpr[Reg::R13 as usize]), (DATA_AT + 0x45 + 6000, to + 4 * 77));
+        assert_eq!(gpr[Reg::Rbp as usize], (0..50).fold(0u64, |sum, _| sum.wrapping_add(FAR_AT + 8 + 5600 + 1)));
+        assert_eq!(g.ram.0.read_obj::<u64>(GuestAddress(DATA_RAM + 0x45)).unwrap() & 0xff, 0);
+        assert_eq!(g.ram.0.read_obj::<u32>(GuestAddress(POOL + (to - USER_AT))).unwrap(), 0x123_4567);
+        for k in 0..700 {
+            let word: u64 = g.ram.0.read_obj(GuestAddress(POOL + 0x2e01 + k * 8)).unwrap();
+            let from =
+                if k < 511 { g.ram.get(OTHER_RAM + 8 + k * 8) } else { g.ram.get(OTHER_RAM + 0x1000 + (k - 511) * 8) };
+            assert_eq!(word, from, "{k}");
+        }
+        if g.policy == Windows::Always && g.expects_windows() {
+            // In each turn a string of no elements and words that lie across two pages; and a few first ones. It would be four a turn.
+            let emulated = g.counter("instructions emulated");
+            assert!(emulated < 120, "{emulated} emulated");
+        }
+    });
+}
+
+/// A page of the user's, or of the kernel's, that is not there faults at its first byte, with what comes before it done.
+#[test]
+fn strings_between_kernel_and_user_memory_stop_exactly() {
+    let end = USER_AT + 5 * 0x1000;
+    for (from, to, fault) in [
+        (DATA_AT + 3, end - 2000, (PAGE_FAULT, 2, end)),
+        (end - 2000, DATA_AT + 3, (PAGE_FAULT, 0, end)),
+        (DATA_AT + 0x2000 - 2400, USER_AT + 5, (PAGE_FAULT, 0, DATA_AT + 0x2000)),
+        (USER_AT + 5, FAR_AT + 0x2000 - 2400, (PAGE_FAULT, 2, FAR_AT + 0x2000)),
+    ] {
+        let registers = [(Reg::Rsi, from), (Reg::Rdi, to), (Reg::Rcx, 600), (Reg::Rdx, 0x99), (Reg::Rbx, 1)];
+        both(crosses_until::code(), &registers, user_pages, |_, (faults, gpr)| {
+            let (vector, error, cr2, _) = faults[0];
+            assert_eq!((faults.len(), vector, error, cr2), (1, fault.0, fault.1, fault.2), "{from:#x} {to:#x}");
+            let done = 600 - gpr[Reg::Rcx as usize];
+            assert_eq!((gpr[Reg::Rsi as usize], gpr[Reg::Rdi as usize]), (from + done * 8, to + done * 8));
+            assert!(done > 0 && gpr[Reg::Rdx as usize] == 0x55 && gpr[Reg::Rbx as usize] == 1);
+        });
+    }
+}
