@@ -3,108 +3,12 @@
 //! Guest instructions themselves are re-encoded by iced-x86; this covers the handful of forms that address lookups,
 //! exits and register moves need. Every form here leaves the flags alone unless its name says otherwise.
 
+mod operand;
+mod shadow;
+
 use iced_x86::{Encoder, IcedError, Instruction, OpKind, Register};
-
-/// A host register by encoding number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct H(pub(crate) u8);
-
-#[allow(dead_code)]
-impl H {
-    pub(crate) const RAX: H = H(0);
-    pub(crate) const RCX: H = H(1);
-    pub(crate) const RDX: H = H(2);
-    pub(crate) const RBX: H = H(3);
-    pub(crate) const RSP: H = H(4);
-    pub(crate) const RBP: H = H(5);
-    pub(crate) const RSI: H = H(6);
-    pub(crate) const RDI: H = H(7);
-    /// Home of the guest's RCX.
-    pub(crate) const GUEST_RCX: H = H(9);
-    /// Home of the guest's RSP.
-    pub(crate) const GUEST_RSP: H = H(10);
-    /// The second scratch register.
-    pub(crate) const R11: H = H(11);
-
-    fn low(self) -> u8 {
-        self.0 & 7
-    }
-    fn high(self) -> u8 {
-        self.0 >> 3
-    }
-}
-
-/// A memory operand in host terms.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct M {
-    pub(crate) base: Option<H>,
-    /// Index register and scale as a shift count (0..=3).
-    pub(crate) index: Option<(H, u8)>,
-    pub(crate) disp: i32,
-    pub(crate) seg: Base,
-}
-
-/// What an operand's address is relative to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Base {
-    /// Nothing: a host address.
-    Host,
-    /// The vCPU's state, behind GS. The low window is at a fixed distance from it.
-    State,
-    /// The high window, behind FS (see [`crate::window`]).
-    Window,
-}
-
-impl Base {
-    /// The segment prefix.
-    fn prefix(self) -> &'static [u8] {
-        match self {
-            Self::Host => &[],
-            Self::State => &[0x65],
-            Self::Window => &[0x64],
-        }
-    }
-
-    /// iced's name of the segment prefix.
-    pub(crate) fn register(self) -> Register {
-        match self {
-            Self::Host => Register::None,
-            Self::State => Register::GS,
-            Self::Window => Register::FS,
-        }
-    }
-}
-
-impl M {
-    /// `gs:[disp]`.
-    pub(crate) fn gs(disp: i32) -> Self {
-        Self { base: None, index: None, disp, seg: Base::State }
-    }
-    /// `gs:[base + disp]`.
-    pub(crate) fn gs_base(base: H, disp: i32) -> Self {
-        Self { base: Some(base), index: None, disp, seg: Base::State }
-    }
-    /// `gs:[index << shift + disp]`.
-    pub(crate) fn gs_index(index: H, shift: u8, disp: i32) -> Self {
-        Self { base: None, index: Some((index, shift)), disp, seg: Base::State }
-    }
-    /// Whether the operand names a register.
-    pub(crate) fn names(&self, h: H) -> bool {
-        self.base == Some(h) || self.index.is_some_and(|(x, _)| x == h)
-    }
-    /// The same place relative to something else, `by` further.
-    pub(crate) fn relative(self, seg: Base, by: i32) -> Self {
-        Self { seg, disp: self.disp + by, ..self }
-    }
-    /// `[base + disp]`.
-    pub(crate) fn base(base: H, disp: i32) -> Self {
-        Self { base: Some(base), index: None, disp, seg: Base::Host }
-    }
-    /// `[base + index]`.
-    pub(crate) fn base_index(base: H, index: H) -> Self {
-        Self { base: Some(base), index: Some((index, 0)), disp: 0, seg: Base::Host }
-    }
-}
+pub(crate) use operand::{Base, H, M};
+use shadow::spilled_at;
 
 /// A place in the code that jumps can name before it is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,11 +49,6 @@ pub(crate) mod cc {
 }
 
 const UNBOUND: u32 = u32::MAX;
-
-/// The guest register that lives at this offset of the state.
-fn spilled_at(disp: i32) -> Option<u8> {
-    [9, 10, 11].into_iter().find(|&g| disp == crate::state::off::gpr(usize::from(g)))
-}
 
 /// Code under construction. Offsets are relative to its start; it is position independent until it is linked.
 pub(crate) struct Asm {
@@ -253,38 +152,6 @@ impl Asm {
     pub(crate) fn cold(&mut self) {
         self.cold = Some(self.pos());
         self.shadow = None;
-    }
-
-    /// The guest register that lives in memory and that R11 holds as well, all 64 bits of it: it was stored from there or loaded to there, and neither has
-    /// changed since. Loads of it cost nothing or a move. It is forgotten at every label and call, where other code may come in.
-    pub(crate) fn shadow(&self) -> Option<u8> {
-        self.shadow
-    }
-
-    /// R11 still holds what it held: an instruction only read it, or whoever else comes in here brings it along.
-    pub(crate) fn set_shadow(&mut self, g: Option<u8>) {
-        self.shadow = g;
-    }
-
-    /// Binds a label where all who come in have R11 as it is here.
-    pub(crate) fn bind_with_shadow(&mut self, l: Label) {
-        let shadow = self.shadow;
-        self.bind(l);
-        self.shadow = shadow;
-    }
-
-    /// A host register is written.
-    fn writes(&mut self, d: H) {
-        if d == H::R11 {
-            self.shadow = None;
-        }
-    }
-
-    /// Part of an operand may be written.
-    fn writes_memory(&mut self, m: M) {
-        if m.seg == Base::State && m.base.is_none() && m.index.is_none() && spilled_at(m.disp) == self.shadow {
-            self.shadow = None;
-        }
     }
 
     /// The hot and the cold part.
@@ -439,8 +306,7 @@ impl Asm {
     }
 
     pub(crate) fn load(&mut self, d: H, m: M) {
-        let plain = m.seg == Base::State && m.base.is_none() && m.index.is_none();
-        let g = if plain { spilled_at(m.disp) } else { None };
+        let g = m.slot().and_then(spilled_at);
         if g.is_some() && g == self.shadow {
             return self.mov(d, H::R11);
         }
@@ -469,8 +335,8 @@ impl Asm {
     pub(crate) fn store(&mut self, m: M, s: H) {
         self.writes_memory(m);
         self.rm(true, &[0x89], s.0, m);
-        if s == H::R11 && m.seg == Base::State && m.base.is_none() && m.index.is_none() {
-            self.shadow = spilled_at(m.disp).or(self.shadow);
+        if s == H::R11 {
+            self.shadow = m.slot().and_then(spilled_at).or(self.shadow);
         }
     }
 
