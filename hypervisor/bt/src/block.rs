@@ -336,6 +336,8 @@ pub(crate) const NO_CALLOUT: u32 = u32::MAX;
 pub(crate) enum Action {
     /// Emulate the instruction.
     Emulate,
+    /// The same, of a string instruction that goes on by itself once what it misses is where it looks: between the kernel and user memory.
+    StringAcross,
     /// Raise #NM or #UD because CR0.TS or CR0.EM is set.
     FpuOff,
     /// Raise #UD.

@@ -10,8 +10,9 @@ use crate::softmmu::Resolved;
 use crate::vcpu::Emulating;
 use iced_x86::Mnemonic;
 use paravane_cpu::cpuid::Vendor;
+use paravane_cpu::mmu::{self, Access, AccessKind};
 use paravane_cpu::state::cr0;
-use paravane_cpu::{Exception, Reg, Step, emulate, mmu};
+use paravane_cpu::{Exception, Reg, Step, emulate};
 
 /// How a callout goes on: a value and bits.
 #[repr(C)]
@@ -144,7 +145,7 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
     let stepping = mode.has(Mode::STEP);
     let st = e.cpu();
     match action {
-        Action::Emulate | Action::Branch => {}
+        Action::Emulate | Action::StringAcross | Action::Branch => {}
         Action::Undefined => return e.raise_and_go(Exception::InvalidOpcode, i.ip()),
         Action::TooLong => return e.raise_and_go(Exception::GeneralProtection(0), i.ip()),
         Action::FpuOff => {
@@ -166,22 +167,18 @@ pub(crate) unsafe extern "sysv64" fn emulate(e: *mut Engine, callout: u32) -> Ba
             return e.raise_and_go(Exception::Debug(1 << 14), rip);
         }
     }
+    // Whatever kind of string it was: the next one starts anew.
+    let faulted = std::mem::take(&mut e.string_fault);
     if mode.has(Mode::WINDOW) && e.string_in_window(&i) {
         // A page came into the windows: the instruction goes on by itself.
         st.rip = i.ip();
         return e.go();
     }
-    let faulted = std::mem::take(&mut e.string_fault);
-    if mode.has(Mode::MAPPED) {
-        let again = match mode.view() as u32 {
-            Mode::VIEW_SMAP => e.string_in_kernel(&i, block as u32),
-            Mode::VIEW_SUPER => e.string_across(&i, block as u32, faulted),
-            _ => false,
-        };
-        if again {
-            st.rip = i.ip();
-            return e.go();
-        }
+    if mode.has(Mode::MAPPED) && mode.view() as u32 == Mode::VIEW_SMAP && e.string_in_kernel(&i, block as u32)
+        || action == Action::StringAcross && e.string_across(&i, block as u32, faulted)
+    {
+        st.rip = i.ip();
+        return e.go();
     }
     e.stats.emulated += 1;
     e.emulated[i.mnemonic() as usize] += 1;
@@ -305,8 +302,13 @@ impl Engine {
         if faulted {
             return self.map_operand_for_kernel(la, write, i.ip(), block);
         }
-        let site = Site::of_string(block, size as u16, write);
-        matches!(self.resolve(la, &site), Ok(Resolved::Filled))
+        // A device must not be asked for what is read again afterwards.
+        let kind = if write { AccessKind::Write } else { AccessKind::Read };
+        let inside = la & 0xfff <= 4096 - size as u64;
+        let ram = inside
+            && mmu::walk(st, self, la, Access::current(st, kind))
+                .is_ok_and(|t| self.ram.host(t.gpa & !0xfff, 4096).is_some());
+        ram && matches!(self.resolve(la, &Site::of_string(block, size as u16, write)), Ok(Resolved::Filled))
     }
 }
 

@@ -315,7 +315,8 @@ impl Translator<'_> {
                 self.asm.bind(s.slow);
                 self.tables.sites[s.site as usize].slow = self.asm.pos();
             }
-            self.callout(&s.instr, Action::Emulate);
+            let action = if s.rdx { Action::StringAcross } else { Action::Emulate };
+            self.callout(&s.instr, action);
             self.asm.jmp(s.end);
         }
     }

@@ -361,3 +361,24 @@ fn strings_between_kernel_and_user_memory_stop_exactly() {
         });
     }
 }
+
+// Forms that only Rust carries out: of words, backwards, and with addresses of 32 bits.
+guest!(
+    other_forms,
+    "mov r9, [rsi]; stac; mov ecx, 300; rep movsw; mov rbx, rdi; mov ecx, 40; std; rep movsb; cld; mov rdx, rdi; mov ecx, 20; rep stosw; mov rbp, rdi",
+    "mov ecx, 9; mov edi, r8d; rep stos byte ptr es:[edi], al; clac; hlt",
+);
+
+#[test]
+fn strings_of_other_forms_come_to_their_end() {
+    let registers = [(Reg::Rsi, DATA_AT + 64), (Reg::Rdi, USER_AT + 64), (Reg::R8, USER_AT + 0x800), (Reg::Rax, 0x77)];
+    both(other_forms::code(), &registers, user_pages, |g, (faults, gpr)| {
+        assert_eq!(faults.len(), 0);
+        let to = USER_AT + 64 + 600;
+        let want = [(Reg::Rbx, to), (Reg::Rdx, to - 40), (Reg::Rbp, to), (Reg::Rdi, USER_AT + 0x809)];
+        for (r, v) in want {
+            assert_eq!(gpr[r as usize], v, "{r:?}");
+        }
+        assert_eq!((g.ram.get(POOL + 64), g.ram.get(POOL + 0x800)), (0x1008, 0x7777_7777_7777_7777));
+    });
+}
