@@ -26,7 +26,7 @@ enum Fix {
 pub(crate) enum Reloc {
     /// 64 bits: an address as far from RIP as the other one.
     Rip(u32),
-    /// The same, negated or complemented.
+    /// The same, negated.
     MinusRip(u32),
     /// 32 bits: the number of one of the block's sites, callouts, exits.
     Site(u32),
@@ -119,7 +119,7 @@ impl Asm {
         }
     }
 
-    /// The same of such an address's negation or complement.
+    /// The same of such an address's negation.
     pub(crate) fn mov_minus_rip(&mut self, d: H, v: u64) {
         if !self.mov_moving(d, v, Reloc::MinusRip) {
             self.pin();
@@ -507,7 +507,7 @@ impl Asm {
         } else {
             self.rr(true, &[0xf7], 0, r);
         }
-        self.imm32(i32::MIN);
+        self.imm32(crate::window::LOW_MASK as i32);
     }
 
     /// CF = bit `n` of `r`; the other flags are undefined.

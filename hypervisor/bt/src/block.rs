@@ -295,16 +295,16 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    /// The access of one element that a string instruction makes.
-    pub(crate) fn of_string(block: BlockId, size: u16, write: bool) -> Self {
+    /// A site in a block with nothing particular about it.
+    pub(crate) fn plain(block: BlockId) -> Self {
         Self {
             block,
             delta: 0,
             retry: 0,
             shadow: None,
-            size,
-            read: !write,
-            write,
+            size: 0,
+            read: false,
+            write: false,
             slow: 0,
             window: false,
             kernel: false,

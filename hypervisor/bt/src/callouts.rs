@@ -294,7 +294,6 @@ impl Engine {
         if count.wrapping_sub(1) >> STRING_SHIFT != 0 || !one_of_each || self.kernel.kept.contains_key(&i.ip()) {
             return false;
         }
-        let size = i.memory_size().size();
         let (la, write) = if kernel(rdi) == faulted { (rdi, true) } else { (rsi, false) };
         if !movs && !write {
             return false;
@@ -304,11 +303,13 @@ impl Engine {
         }
         // A device must not be asked for what is read again afterwards.
         let kind = if write { AccessKind::Write } else { AccessKind::Read };
-        let inside = la & 0xfff <= 4096 - size as u64;
+        let size = i.memory_size().size() as u16;
+        let inside = la & 0xfff <= 4096 - u64::from(size);
         let ram = inside
             && mmu::walk(st, self, la, Access::current(st, kind))
                 .is_ok_and(|t| self.ram.host(t.gpa & !0xfff, 4096).is_some());
-        ram && matches!(self.resolve(la, &Site::of_string(block, size as u16, write)), Ok(Resolved::Filled))
+        let site = Site { size, read: !write, write, ..Site::plain(block) };
+        ram && matches!(self.resolve(la, &site), Ok(Resolved::Filled))
     }
 }
 

@@ -436,12 +436,7 @@ impl Engine {
 
     /// An access of kernel code missed the page of `la`, which was just walked for it. Maps it; false when that changes nothing.
     pub(crate) fn map_for_kernel(&mut self, la: u64, write: bool, s: &Site) -> bool {
-        self.stats.kernel_misses += 1;
-        let found = self.map_kernel_page(la, write);
-        if found != Missing::Mapped {
-            self.keep_from_kernel(self.site_rip(s), s.block, found.weight());
-        }
-        found == Missing::Mapped
+        self.map_operand_for_kernel(la, write, self.site_rip(s), s.block)
     }
 
     /// Maps what a string instruction at `rip` is at; false when that changes nothing. If that goes on, it is kept from kernel mappings.
@@ -471,8 +466,7 @@ impl Engine {
         done
     }
 
-    /// Maps what a string instruction at `rip` has faulted at, one of its operands; false when that changes nothing. If that goes on, it is kept
-    /// from kernel mappings.
+    /// Maps one operand of the instruction at `rip`; false when that changes nothing. If that goes on, it is kept from kernel mappings.
     pub(crate) fn map_operand_for_kernel(&mut self, la: u64, write: bool, rip: u64, block: BlockId) -> bool {
         self.stats.kernel_misses += 1;
         let found = self.map_kernel_page(la, write);

@@ -51,6 +51,8 @@ use worth::{Cost, Verdict, Worth};
 pub(crate) const LOW_SHIFT: u8 = 31;
 /// The bits that [`LOW_SHIFT`] leaves.
 pub(crate) const LOW_MASK: u64 = !0 << LOW_SHIFT;
+// Emitted code tests for them by a sign-extended constant of 32 bits.
+const _: () = assert!(LOW_MASK as i32 as i64 as u64 == LOW_MASK);
 /// Where the low window begins, from the vCPU's state on.
 pub(crate) const LOW_DISTANCE: i32 = 0x4000_0000;
 /// Displacements that an access through the low window may have without a check of the sum.

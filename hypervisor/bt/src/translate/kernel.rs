@@ -17,12 +17,16 @@ use iced_x86::Instruction;
 impl Translator<'_> {
     /// Whether code at `rip` uses kernel mappings.
     pub(super) fn maps_kernel(&self, rip: u64) -> bool {
-        self.mode.has(Mode::MAPPED) && self.mode.view() as u32 == Mode::VIEW_SMAP && !self.kept.contains_key(&rip)
+        self.maps_in(Mode::VIEW_SMAP, rip)
     }
 
     /// Whether a string instruction at `rip`, where the kernel may access user memory, reaches its kernel operand by way of its mapping.
     pub(super) fn maps_one_operand(&self, rip: u64) -> bool {
-        self.mode.has(Mode::MAPPED) && self.mode.view() as u32 == Mode::VIEW_SUPER && !self.kept.contains_key(&rip)
+        self.maps_in(Mode::VIEW_SUPER, rip)
+    }
+
+    fn maps_in(&self, view: u32, rip: u64) -> bool {
+        self.mode.has(Mode::MAPPED) && self.mode.view() as u32 == view && !self.kept.contains_key(&rip)
     }
 
     /// Loads what to add to the address in `base` into RCX. Leaves flags alone.

@@ -298,22 +298,11 @@ impl Translator<'_> {
     /// A site at this place with nothing particular about it.
     fn plain_site(&self) -> Site {
         Site {
-            block: self.block,
             delta: self.cur_delta(),
             retry: self.asm.pos(),
             shadow: self.asm.shadow(),
-            slow: 0,
-            window: false,
-            kernel: false,
-            size: 0,
-            read: false,
-            write: false,
             simd: self.simd,
-            x87: false,
-            late_fault: false,
-            masked: false,
-            align: 0,
-            seg: 3,
+            ..Site::plain(self.block)
         }
     }
 

@@ -145,11 +145,7 @@ impl Translator<'_> {
     fn string_rep_window(&mut self, i: &Instruction, movs: bool, size: u8, flags_live: bool) {
         let shift = size.trailing_zeros() as u8;
         let (slow, slow_flags, end) = (self.asm.label(), self.asm.label(), self.asm.label());
-        if flags_live {
-            self.asm.pushfq();
-            self.asm.pop(H::RCX);
-            self.asm.store(M::gs(off::TMP + 8), H::RCX);
-        }
+        self.keep_flags(flags_live);
         let a = &mut self.asm;
         // A count that is too large would make the end wrap around.
         a.mov(H::RCX, H::GUEST_RCX);
@@ -168,12 +164,8 @@ impl Translator<'_> {
             self.asm.bind(found);
             self.asm.store(M::gs(slot), H::RCX);
         }
+        self.flags_back(flags_live);
         let a = &mut self.asm;
-        if flags_live {
-            a.load(H::RCX, M::gs(off::TMP + 8));
-            a.push(H::RCX);
-            a.popfq();
-        }
         for (r, _, slot) in string_operands(movs) {
             a.load(H::RCX, M::gs(slot));
             a.lea(r, M::base_index(r, H::RCX));
@@ -181,6 +173,24 @@ impl Translator<'_> {
         let site = self.string_on_host(movs, size);
         self.asm.bind(end);
         self.slow_strings.push(SlowString { site, slow, slow_flags, end, instr: *i, flags_live, rdx: false });
+    }
+
+    /// The flags into slot 1, if they are live. Clobbers RCX.
+    fn keep_flags(&mut self, live: bool) {
+        if live {
+            self.asm.pushfq();
+            self.asm.pop(H::RCX);
+            self.asm.store(M::gs(off::TMP + 8), H::RCX);
+        }
+    }
+
+    /// The flags from slot 1, if they are live. Clobbers RCX.
+    fn flags_back(&mut self, live: bool) {
+        if live {
+            self.asm.load(H::RCX, M::gs(off::TMP + 8));
+            self.asm.push(H::RCX);
+            self.asm.popfq();
+        }
     }
 
     /// All of a string at once, see [`Self::string_run`].
@@ -231,11 +241,7 @@ impl Translator<'_> {
     fn string_rep_across(&mut self, i: &Instruction, movs: bool, size: u8, flags_live: bool) {
         let shift = size.trailing_zeros() as u8;
         let (slow, again, end) = (self.asm.label(), self.asm.label(), self.asm.label());
-        if flags_live {
-            self.asm.pushfq();
-            self.asm.pop(H::RCX);
-            self.asm.store(M::gs(off::TMP + 8), H::RCX);
-        }
+        self.keep_flags(flags_live);
         let a = &mut self.asm;
         a.store(M::gs(off::TMP), H::RDX);
         // None at all is left to Rust, too.
@@ -286,12 +292,8 @@ impl Translator<'_> {
         a.cmp_imm_flags(H::GUEST_RCX, 0);
         a.jcc(cc::NE, again);
         a.load(H::RDX, M::gs(off::TMP));
-        if flags_live {
-            a.load(H::RCX, M::gs(off::TMP + 8));
-            a.push(H::RCX);
-            a.popfq();
-        }
-        a.bind(end);
+        self.flags_back(flags_live);
+        self.asm.bind(end);
         self.slow_strings.push(SlowString { site, slow, slow_flags: slow, end, instr: *i, flags_live, rdx: true });
     }
 
@@ -306,11 +308,7 @@ impl Translator<'_> {
             } else if s.slow_flags != s.slow {
                 self.asm.bind(s.slow_flags);
             }
-            if s.flags_live {
-                self.asm.load(H::RCX, M::gs(off::TMP + 8));
-                self.asm.push(H::RCX);
-                self.asm.popfq();
-            }
+            self.flags_back(s.flags_live);
             if !s.rdx {
                 self.asm.bind(s.slow);
                 self.tables.sites[s.site as usize].slow = self.asm.pos();

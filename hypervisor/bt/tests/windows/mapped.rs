@@ -296,8 +296,8 @@ fn large_pages_go_as_a_whole() {
 /// Pages of user memory, of which the sixth is not there.
 const USER_AT: u64 = LOW + ROOM;
 
-// R14 times: 6,000 bytes from user memory to the kernel's and 700 words back, with flags that are asked for behind it, and as many zeros as the last
-// page has room for.
+// R14 times: 6,000 bytes from user memory to the kernel's and 700 words back, with flags that are asked for behind it, none and 77 doublewords behind
+// them.
 guest!(
     crosses,
     "stac; xor ebp, ebp",
