@@ -257,7 +257,7 @@ mod tests {
             }
             let first = Firsts::of(&self.tables);
             let hint =
-                Hint { gpr: &[1 << 46 | 1 << 40; 16], low: false, high: High::only(), kept: &WordMap::default() };
+                Hint { gpr: &[1 << 46 | 1 << 40; 16], low: false, high: High::one_of(1), kept: &WordMap::default() };
             let at = (rip, &page[offset..]);
             let t = Translator::new(&mut self.asm, &mut self.info, &mut self.tables, mode, 0, at, hint).translate(
                 &code,
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn only_code_at_high_user_addresses_moves() {
-        let high = High::only();
+        let high = High::one_of(1);
         assert!(movable(linux_mode(3), 0x5555_5555_4000, high) && movable(linux_mode(3), 0x7f12_3456_7000, high));
         for rip in [0x40_0000, 0x4000_0000_1000, 0x7fff_f7dd_0000, 0xffff_ffff_8100_0000] {
             assert!(!movable(linux_mode(3), rip, high), "{rip:#x}");

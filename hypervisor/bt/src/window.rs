@@ -29,8 +29,8 @@
 //! whole address space makes all pages suspect, and they are compared with the page tables before user code runs again.
 //!
 //! A vCPU has one pair of windows, and one address space of the guest can have them at a time. In a machine with one vCPU the high
-//! window is all of 2^46 to 2^47 ([`high::WHOLE`]). With several vCPUs there is no room for that many; the first ones have
-//! one of [`high::PARTS`] each, which holds what Linux puts where. What another vCPU has mapped is unmapped memory here: [`high`] sees to it.
+//! window is all of 2^46 to 2^47 ([`high::WHOLE`]). With several vCPUs there is no room for that many; the first four have
+//! a part each, which holds what Linux puts where. What another vCPU has mapped is unmapped memory here: [`high`] sees to it.
 #![allow(unsafe_code)] // Maps memory at fixed addresses.
 
 use crate::block::{BlockId, Mode};
@@ -177,7 +177,7 @@ impl Window {
     /// For one of `cpus` vCPUs.
     pub(crate) fn new(memory: &Arc<StateMemory>, ram: &Ram, when: Windows, cpus: u32) -> Self {
         let possible = when != Windows::Off && memory.span() >= LOW_SPAN && ram.has_files() && fsgsbase();
-        let held = if possible { Held::new(cpus > 1) } else { None };
+        let held = if possible { Held::new(cpus) } else { None };
         let possible = held.is_some();
         if possible {
             IN_USE.store(true, Ordering::SeqCst);
@@ -391,7 +391,7 @@ pub(crate) fn fsgsbase() -> bool {
 
 /// Whether both windows' addresses can be had; takes nothing.
 pub(crate) fn room() -> bool {
-    Held::new(false).is_some() && StateMemory::new().is_ok_and(|m| m.span() >= LOW_SPAN)
+    Held::new(1).is_some() && StateMemory::new().is_ok_and(|m| m.span() >= LOW_SPAN)
 }
 
 /// Root and PCID in effect.

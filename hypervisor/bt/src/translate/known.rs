@@ -11,7 +11,7 @@ use super::classify::{Class, classify};
 use super::memory::Ea;
 use super::window::{Hint, Region};
 use crate::regs::{Width, gpr_of};
-use crate::window::{High, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT, LOW_SPAN};
+use crate::window::{HIGH_SHIFT, High, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT, LOW_SPAN};
 use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
 /// The sum of a base register and an index register, which is scaled by a shift count.
@@ -89,9 +89,9 @@ impl Known {
         self.high >> g & 1 != 0
     }
 
-    /// Whether the high window is one of several, told by more than one bit.
-    pub(super) fn several_windows(&self) -> bool {
-        self.window.mask.count_ones() > 1
+    /// Whether all addresses from 2^46 to 2^47 pass the check for the high window.
+    pub(super) fn upper_half(&self) -> bool {
+        self.window.bit() == Some(HIGH_SHIFT)
     }
 
     pub(crate) fn votes(&self) -> i32 {

@@ -154,11 +154,11 @@ impl Translator<'_> {
             }
             None => a.mov(H::R11, H::GUEST_RSP),
         }
-        if self.known.several_windows() {
-            a.andn_flags(H::R11, H::R11, M::gs(off::HIGH_MASK));
-        } else {
+        if self.known.upper_half() {
             a.shr_flags(H::R11, crate::window::HIGH_SHIFT);
             a.cmp_imm_flags(H::R11, 1);
+        } else {
+            a.andn_flags(H::R11, H::R11, M::gs(off::HIGH_MASK));
         }
         a.jcc(cc::NE, slow);
         a.bind(fine);

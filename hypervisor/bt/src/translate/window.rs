@@ -15,7 +15,7 @@ use crate::block::{FaultKind, Mode};
 use crate::engine::WordMap;
 use crate::regs::{Home, home};
 use crate::state::off;
-use crate::window::{HIGH_SHIFT, High, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT};
+use crate::window::{High, LOW_DISPLACEMENTS, LOW_DISTANCE, LOW_SHIFT};
 
 /// One of the two windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -267,7 +267,7 @@ impl Translator<'_> {
 
     /// Jumps to `fail` unless the subject lies in the window; gives the place of the jump's displacement. Clobbers RCX.
     pub(super) fn emit_check(&mut self, region: Region, subject: Subject, flags_live: bool, fail: Label) -> u32 {
-        let bits = self.known.window.mask.count_ones();
+        let window = self.known.window;
         let a = &mut self.asm;
         match subject {
             Subject::Register(h) if flags_live => {
@@ -275,7 +275,7 @@ impl Translator<'_> {
                 match region {
                     Region::High => {
                         a.pext(H::RCX, h, M::gs(off::HIGH_MASK));
-                        a.lea32(H::RCX, M::base(H::RCX, 1 - (1 << bits)));
+                        a.lea32(H::RCX, M::base(H::RCX, 1 - (1 << window.mask.count_ones())));
                     }
                     Region::Low => a.pext(H::RCX, h, M::gs(off::LOW_MASK)),
                 }
@@ -284,7 +284,7 @@ impl Translator<'_> {
                 a.bind_with_shadow(ok);
                 return patch;
             }
-            Subject::Register(h) if region == Region::High => return Self::emit_high_check(a, bits, h, fail),
+            Subject::Register(h) if region == Region::High => return Self::emit_high_check(a, window, h, fail),
             Subject::Register(H::RCX) => {}
             Subject::Register(h) => {
                 // The test and the jump are one operation.
@@ -294,7 +294,7 @@ impl Translator<'_> {
             Subject::Address(m) => a.lea(H::RCX, m),
         }
         match region {
-            Region::High => Self::emit_high_check(a, bits, H::RCX, fail),
+            Region::High => Self::emit_high_check(a, window, H::RCX, fail),
             Region::Low => {
                 a.test_upper_flags(H::RCX);
                 a.jump_patchable(Some(cc::NE), fail)
@@ -302,10 +302,10 @@ impl Translator<'_> {
         }
     }
 
-    /// The check for the high window, which so many bits tell. Clobbers RCX and flags.
-    fn emit_high_check(a: &mut Asm, bits: u32, h: H, fail: Label) -> u32 {
-        if bits == 1 {
-            a.bt_flags(h, HIGH_SHIFT);
+    /// The check for the high window. Clobbers RCX and flags.
+    fn emit_high_check(a: &mut Asm, window: High, h: H, fail: Label) -> u32 {
+        if let Some(bit) = window.bit() {
+            a.bt_flags(h, bit);
             return a.jump_patchable(Some(cc::NC), fail);
         }
         a.andn_flags(H::RCX, h, M::gs(off::HIGH_MASK));

@@ -1,16 +1,17 @@
 //! Where high windows are: which guest addresses belong to one, and where its pages are mapped in this process.
 //!
-//! Emitted code tells by a few address bits, all of which must be set, whether an address belongs to its vCPU's high window
+//! Emitted code tells by one or a few address bits, all of which must be set, whether an address belongs to its vCPU's high window
 //! ([`High::mask`]). That leaves chunks of the guest's address space with holes between them, and in the holes' images on the host lie
 //! the chunks of other vCPUs' windows. Linux puts position-independent programs and their heaps around 0x5555_5555_4000 plus up to 2^40, and
 //! grows libraries, mappings and stacks downwards from at most 2^47, less up to 2^40 and a gap. Bits 46, 44 and 42 are set in all of these.
+//!
+//! One bit is told by an instruction that reads no memory, so machines with one or two vCPUs do with one; more need several.
 //!
 //! **No vCPU reaches what another has mapped.** A window maps less than its chunks ([`High::mapped`]), so that from what passes a check, with
 //! anything that a block may add to it ([`REACH`]), it is not possible to reach a page that another window maps. The compiler verifies that
 //! below, chunk by chunk.
 
 use super::UNMAPPED;
-use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// An address of a high window has this bit, and none above.
@@ -20,9 +21,6 @@ const TIB: u64 = 1 << 40;
 
 /// How far from what it has checked a block may reach: by constants, and by an index below 2^32 that is scaled by at most 8.
 const REACH: u64 = super::REACH + (8 << 32);
-
-/// Host addresses reserved for high windows, all of which they may touch.
-const RESERVED: Range<u64> = 0x1400_0000_0000..0x5540_0000_0000;
 
 /// A vCPU's high window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,22 +33,49 @@ pub(crate) struct High {
     pub(super) mapped: [(u64, u64); 2],
 }
 
-/// The only window of a process.
+/// The window of a machine's only vCPU: everything from 2^46 to 2^47.
 pub(super) const WHOLE: High = High {
     mask: 1 << HIGH_SHIFT,
     distance: 0x2b00_0000_0000,
     mapped: [(1 << 46, 1 << 46 | 1 << 45), (1 << 46 | 1 << 45, 1 << 47)],
 };
 
-/// Windows that there may be beside each other.
-pub(super) const PARTS: [High; 4] = [part(0), part(17), part(66), part(83)];
+/// Where Linux puts programs, and libraries and stacks.
+const PLACES: [(u64, u64); 2] = [(0x5480_0000_0000, 0x5780_0000_0000), (0x7c80_0000_0000, 0x8000_0000_0000)];
+
+/// The windows of two vCPUs. What the first can reach is the lowest half of the host's addresses; the second reaches 16 TiB of every 32,
+/// in between pages of the first, below and above this program, and below its libraries and stacks.
+const PAIR: [High; 2] = [
+    High { mask: 1 << 46, distance: 0x3f80_0000_0000, mapped: PLACES },
+    High { mask: 1 << 44, distance: 0x0f00_0000_0000, mapped: PLACES },
+];
+
+/// The windows of three vCPUs or four.
+const PARTS: [High; 4] = [part(0), part(17), part(66), part(83)];
 
 /// A window that is lower by so many quarters of a TiB.
 const fn part(quarters: u64) -> High {
-    High {
-        mask: 1 << 46 | 1 << 44 | 1 << 42,
-        distance: WHOLE.distance + quarters * (TIB / 4),
-        mapped: [(0x5480_0000_0000, 0x5780_0000_0000), (0x7c80_0000_0000, 0x8000_0000_0000)],
+    High { mask: 1 << 46 | 1 << 44 | 1 << 42, distance: WHOLE.distance + quarters * (TIB / 4), mapped: PLACES }
+}
+
+/// Windows that there may be beside each other, and the host addresses reserved for them: all that they may touch.
+struct Layout {
+    windows: &'static [High],
+    reserved: &'static [(u64, u64)],
+}
+
+const LAYOUTS: [Layout; 3] = [
+    Layout { windows: &[WHOLE], reserved: &[(0x1400_0000_0000, 0x5540_0000_0000)] },
+    Layout { windows: &PAIR, reserved: &[(0x0040_0000_0000, 0x5540_0000_0000), (0x6080_0000_0000, 0x7180_0000_0000)] },
+    Layout { windows: &PARTS, reserved: &[(0x1400_0000_0000, 0x5540_0000_0000)] },
+];
+
+/// The layout for a machine with so many vCPUs.
+const fn layout(cpus: u32) -> usize {
+    match cpus {
+        0 | 1 => 0,
+        2 => 1,
+        _ => 2,
     }
 }
 
@@ -66,30 +91,39 @@ impl High {
         (a.0 <= la && la < a.1) || (b.0 <= la && la < b.1)
     }
 
-    /// The window of a machine's only vCPU, for tests.
-    #[cfg(test)]
-    pub(crate) fn only() -> Self {
-        WHOLE
+    /// The bit by which addresses are told, if there is but one.
+    pub(crate) const fn bit(&self) -> Option<u8> {
+        if self.mask.is_power_of_two() { Some(self.mask.trailing_zeros() as u8) } else { None }
     }
 
-    /// The window of one of several vCPUs, for tests.
+    /// The window of one of so many vCPUs, for tests.
     #[cfg(test)]
-    pub(crate) fn one_of_several() -> Self {
-        PARTS[1]
+    pub(crate) fn one_of(cpus: u32) -> Self {
+        LAYOUTS[layout(cpus)].windows[usize::from(cpus > 1)]
     }
 
     /// Whether all that emitted code may touch by this window lies in what is reserved, and outside of what `other` maps.
-    const fn apart(&self, other: Option<&Self>) -> bool {
+    ///
+    /// An address that passes the check may have any bits beside those of the mask. With bits from 48 on it is none of the host's lower
+    /// half, whatever is subtracted, so addresses below 2^48 are looked at.
+    const fn apart(&self, reserved: &[(u64, u64)], other: Option<&Self>) -> bool {
         let size = self.mask & self.mask.wrapping_neg();
         let mut chunk = 0;
-        while chunk < 1 << (HIGH_SHIFT + 1) {
-            if self.contains(chunk) {
+        while chunk < 1 << 48 {
+            if chunk & self.mask == self.mask {
                 if chunk < self.distance + REACH {
                     return false;
                 }
                 let (start, end) = (chunk - self.distance - REACH, chunk + size - self.distance + REACH);
-                if start < RESERVED.start || end > RESERVED.end {
-                    return false;
+                if start < 1 << 47 {
+                    let (mut n, mut inside) = (0, false);
+                    while n < reserved.len() {
+                        inside |= reserved[n].0 <= start && end <= reserved[n].1;
+                        n += 1;
+                    }
+                    if !inside {
+                        return false;
+                    }
                 }
                 let mut n = 0;
                 while let Some(other) = other
@@ -109,28 +143,31 @@ impl High {
 }
 
 const _: () = {
-    assert!(WHOLE.apart(None));
-    let mut a = 0;
-    while a < PARTS.len() {
-        assert!(PARTS[a].apart(None));
-        let mut b = 0;
-        while b < PARTS.len() {
-            assert!(a == b || PARTS[a].apart(Some(&PARTS[b])));
-            b += 1;
+    let mut n = 0;
+    while n < LAYOUTS.len() {
+        let Layout { windows, reserved } = LAYOUTS[n];
+        let mut a = 0;
+        while a < windows.len() {
+            assert!(windows[a].apart(reserved, None));
+            let mut b = 0;
+            while b < windows.len() {
+                assert!(a == b || windows[a].apart(reserved, Some(&windows[b])));
+                b += 1;
+            }
+            let mut n = 0;
+            while n < 2 {
+                let (start, end) = windows[a].mapped[n];
+                assert!(windows[a].contains(start) && windows[a].contains(end - 1));
+                n += 1;
+            }
+            a += 1;
         }
-        let mut n = 0;
-        while n < 2 {
-            let (start, end) = PARTS[a].mapped[n];
-            assert!(PARTS[a].contains(start) && PARTS[a].contains(end - 1));
-            n += 1;
-        }
-        a += 1;
+        n += 1;
     }
 };
 
-/// Which windows of this process are taken: bit n for [`PARTS`], and one more for [`WHOLE`].
-static TAKEN: Mutex<u8> = Mutex::new(0);
-const WHOLE_BIT: u8 = 1 << PARTS.len();
+/// The layout in use, and which of its windows are taken, bit by bit. No layout is in use while none is taken.
+static TAKEN: Mutex<(usize, u8)> = Mutex::new((0, 0));
 
 /// A window that is taken, until dropped. Nothing may be mapped in it then.
 pub(super) struct Held {
@@ -139,22 +176,25 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Takes a window that goes with those of other vCPUs, or else the only one; `None` when there is none left, or the host's
-    /// addresses cannot be had.
-    pub(super) fn new(several: bool) -> Option<Self> {
+    /// Takes a window for one of so many vCPUs; `None` when there is none left beside those that are taken, or the host's addresses
+    /// cannot be had.
+    pub(super) fn new(cpus: u32) -> Option<Self> {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let (bit, window) = if several {
-            let n = (0..PARTS.len()).find(|n| *taken & (WHOLE_BIT | 1 << n) == 0)?;
-            // Emitted code checks several bits with ANDN.
-            std::arch::is_x86_feature_detected!("bmi1").then_some((1 << n, PARTS[n]))?
-        } else {
-            (*taken == 0).then_some((WHOLE_BIT, WHOLE))?
-        };
-        if *taken == 0 && !reserve() {
+        let mine = layout(cpus);
+        if taken.1 == 0 {
+            // Emitted code checks several bits with ANDN, and stack pointers for other bits than 46.
+            if cpus > 1 && !std::arch::is_x86_feature_detected!("bmi1") || !reserve(&LAYOUTS[mine]) {
+                return None;
+            }
+            taken.0 = mine;
+        }
+        if taken.0 != mine {
             return None;
         }
-        *taken |= bit;
-        Some(Self { bit, window })
+        let windows = LAYOUTS[mine].windows;
+        let n = (0..windows.len()).find(|n| taken.1 >> n & 1 == 0)?;
+        taken.1 |= 1 << n;
+        Some(Self { bit: 1 << n, window: windows[n] })
     }
 
     pub(super) fn window(&self) -> High {
@@ -165,18 +205,22 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        *taken &= !self.bit;
-        if *taken == 0 {
-            release();
+        taken.1 &= !self.bit;
+        if taken.1 == 0 {
+            LAYOUTS[taken.0].reserved.iter().for_each(release);
         }
     }
 }
 
-const LEN: usize = (RESERVED.end - RESERVED.start) as usize;
-
-/// Reserves the addresses of high windows; false when anything is there already.
-fn reserve() -> bool {
-    reserve_at(RESERVED.start, LEN)
+/// Reserves the addresses of a layout's windows; false when anything is there already, and nothing is reserved then.
+fn reserve(layout: &Layout) -> bool {
+    for (n, &(start, end)) in layout.reserved.iter().enumerate() {
+        if !reserve_at(start, (end - start) as usize) {
+            layout.reserved[..n].iter().for_each(release);
+            return false;
+        }
+    }
+    true
 }
 
 /// Reserves host addresses, at which nothing is mapped then; false when anything is there already.
@@ -196,10 +240,10 @@ pub(crate) fn reserve_at(start: u64, len: usize) -> bool {
     true
 }
 
-/// Takes [`reserve`] back.
-fn release() {
+/// Gives back what [`reserve`] has reserved.
+fn release(&(start, end): &(u64, u64)) {
     // SAFETY: our own reservation, and nobody has a window in it.
-    unsafe { libc::munmap(RESERVED.start as *mut libc::c_void, LEN) };
+    unsafe { libc::munmap(start as *mut libc::c_void, (end - start) as usize) };
 }
 
 #[cfg(test)]
@@ -209,14 +253,13 @@ mod tests {
     #[test]
     fn windows_hold_what_linux_puts_where() {
         // Programs with and without randomization, libraries, stacks, and the lowest and highest of each.
-        for la in [0x5555_5555_4000, 0x5655_5555_4000, 0x7eff_0000_0000, 0x7fff_f7fc_0000, 0x7fff_ffff_e000] {
-            assert!(WHOLE.contains(la) && WHOLE.covers(la));
-            for w in PARTS {
+        for w in LAYOUTS.iter().flat_map(|l| l.windows) {
+            for la in [0x5555_5555_4000, 0x5655_5555_4000, 0x7eff_0000_0000, 0x7fff_f7fc_0000, 0x7fff_ffff_e000] {
                 assert!(w.contains(la) && w.covers(la), "{la:#x}");
             }
-        }
-        for la in [0, 0x40_0000, 0xc000_0000_0000, 0x8000_0000_0000, 0xffff_fc00_0000_0000, 1 << 45] {
-            assert!(!WHOLE.contains(la) && !PARTS.iter().any(|w| w.contains(la)), "{la:#x}");
+            for la in [0, 0x40_0000, 0xc000_0000_0000, 0x8000_0000_0000, 0xffff_fc00_0000_0000, 1 << 45] {
+                assert!(!w.contains(la), "{la:#x}");
+            }
         }
     }
 }
