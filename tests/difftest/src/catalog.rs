@@ -79,6 +79,7 @@ fn exclusion(code: Code) -> Option<&'static str> {
         M::Getsec | M::Encls | M::Enclu | M::Enclv | M::Pconfig => {
             "safer-mode and enclave leaves are not offered to guests"
         }
+        M::Movdiri | M::Movdir64b | M::Serialize => "direct stores and SERIALIZE are not offered to guests",
         M::Xsaves | M::Xrstors | M::Xsaves64 | M::Xrstors64 => "supervisor state save is not offered to guests",
         M::Call | M::Jmp if kinds.iter().any(|k| matches!(k, K::mem)) && is_far(code) => {
             "far transfers through memory are covered by system-level tests"
