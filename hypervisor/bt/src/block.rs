@@ -368,6 +368,7 @@ impl FaultSite {
     const POLL_INDIRECT: u8 = 0xfe;
     const WINDOW: u8 = 0x40;
     const STRING: u8 = 0xfd;
+    const ROUND: u8 = 0xfc;
 
     /// Packs what stands at `at`. `None`: the RIP is too far away.
     pub(crate) fn new(at: u32, kind: FaultKind, start_rip: u64) -> Option<Self> {
@@ -375,6 +376,7 @@ impl FaultSite {
             FaultKind::Guest { delta, borrowed } => (i32::try_from(delta).ok()?, borrowed.map_or(0, |h| h + 1)),
             FaultKind::Window { site, borrowed } => (site as i32, Self::WINDOW | borrowed.map_or(0, |h| h + 1)),
             FaultKind::String { site } => (site as i32, Self::STRING),
+            FaultKind::Round { site } => (site as i32, Self::ROUND),
             FaultKind::Poll { rip } => (i32::try_from(rip.wrapping_sub(start_rip) as i64).ok()?, Self::POLL),
             FaultKind::PollIndirect => (0, Self::POLL_INDIRECT),
         };
@@ -383,7 +385,7 @@ impl FaultSite {
 
     /// The same in a block whose sites have numbers that are higher.
     pub(crate) fn renumbered(self, sites: u32) -> Self {
-        let numbered = self.what == Self::STRING || (self.what < Self::STRING && self.what & Self::WINDOW != 0);
+        let numbered = self.what <= Self::STRING && self.what & Self::WINDOW != 0;
         if numbered { Self { delta: self.delta.wrapping_add(sites as i32), ..self } } else { self }
     }
 
@@ -393,6 +395,7 @@ impl FaultSite {
             Self::POLL => FaultKind::Poll { rip: start_rip.wrapping_add(i64::from(self.delta) as u64) },
             Self::POLL_INDIRECT => FaultKind::PollIndirect,
             Self::STRING => FaultKind::String { site: self.delta as u32 },
+            Self::ROUND => FaultKind::Round { site: self.delta as u32 },
             n if n & Self::WINDOW != 0 => {
                 FaultKind::Window { site: self.delta as u32, borrowed: (n & !Self::WINDOW).checked_sub(1) }
             }
@@ -408,6 +411,8 @@ pub(crate) enum FaultKind {
     Guest { delta: u32, borrowed: Option<u8> },
     /// An access through a window; `borrowed` as above.
     Window { site: u32, borrowed: Option<u8> },
+    /// An instruction of a loop's rounds: [`Site::slow`] is the way out.
+    Round { site: u32 },
     /// A REP string instruction on host addresses: [`Site::read`] if RSI takes part.
     String { site: u32 },
     /// A poll before going to RIP.

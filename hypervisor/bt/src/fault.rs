@@ -216,6 +216,12 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
             return true;
         }
+        FaultKind::Round { site } => {
+            let s = &e.tables.sites[site as usize];
+            let b = &e.tables.blocks[s.block as usize];
+            regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
+            return true;
+        }
         FaultKind::Poll { rip } => {
             st.cpu.rip = rip;
             st.fault_vector = POLL;

@@ -123,7 +123,8 @@ impl Builder {
             0 | 1 => self.flags_across_memory(),
             2 => self.stack_traffic(),
             3 => self.high_bytes(),
-            4 => self.backward_loop(),
+            4 if self.rng.percent(50) => self.backward_loop(),
+            4 => self.plain_loop(),
             5 => {
                 let code = self.rng.pick(&[Code::Call_rm64, Code::Jmp_rm64]);
                 self.indirect_branch(code);
@@ -284,6 +285,103 @@ impl Builder {
         }
         self.groups.push((top - 1, self.sequence.items.len() - 1));
         self.known[counter] = None;
+    }
+
+    /// A loop over data whose addresses move by constants, or do not, and that may leave early: what a translator makes rounds without checks of.
+    /// Its pointers may come to where nothing is mapped.
+    fn plain_loop(&mut self) {
+        use Code as C;
+        if self.reserved != 0 {
+            return;
+        }
+        let mut free: Vec<usize> = (0..16).filter(|&n| n != 4 && n != 1).collect();
+        let mut take = |b: &mut Self| free.swap_remove(b.rng.index(free.len()));
+        let (counter, base, other, index, value) = (take(self), take(self), take(self), take(self), take(self));
+        let turns = 1 + self.rng.below(60);
+        self.set(counter, turns);
+        for n in [base, other] {
+            let at = layout::data() + self.rng.below(2 * PAGE);
+            let at = if self.rng.percent(70) { at & !15 } else { at };
+            self.set(n, at);
+        }
+        let small = self.rng.below(256);
+        self.set(index, small);
+        let top = self.sequence.items.len();
+        let mut steps = Vec::new();
+        for n in [base, other, index] {
+            if self.rng.percent(60) {
+                steps.push(n);
+            }
+        }
+        let mut out = Vec::new();
+        for _ in 0..1 + self.rng.below(6) {
+            let b = self.rng.pick(&[base, base, other]);
+            let displacement = self.rng.pick(&[0i64, 0, 8, 16, -32, 100]);
+            let m = if self.rng.percent(40) {
+                let scale = self.rng.pick(&[1u32, 4, 8]);
+                MemoryOperand::with_base_index_scale_displ_size(gpr64(b), gpr64(index), scale, displacement, 1)
+            } else {
+                MemoryOperand::with_base_displ_size(gpr64(b), displacement, 1)
+            };
+            let r = self.rng.pick(&[value, value, 0, 2, 9, 11]);
+            let r = if [counter, base, other, index].contains(&r) { value } else { r };
+            let (x, y) = (Register::XMM0 + self.rng.below(6) as u32, Register::XMM0 + self.rng.below(6) as u32);
+            let (narrow, vector) = (Register::EAX + r as u32, Register::YMM0 + self.rng.below(6) as u32);
+            let i = match self.rng.below(22) {
+                0 => Instruction::with2(C::Mov_r64_rm64, gpr64(r), m),
+                1 => Instruction::with2(C::Mov_rm64_r64, m, gpr64(r)),
+                2 => Instruction::with2(C::Add_r64_rm64, gpr64(r), m),
+                3 => Instruction::with2(C::Add_rm32_r32, m, narrow),
+                4 => Instruction::with2(C::Movzx_r32_rm8, narrow, m),
+                5 => Instruction::with2(C::Movups_xmm_xmmm128, x, m),
+                6 => Instruction::with2(C::Movups_xmmm128_xmm, m, x),
+                7 => Instruction::with2(C::Addps_xmm_xmmm128, x, m),
+                8 => Instruction::with2(C::Mulps_xmm_xmmm128, x, y),
+                9 => Instruction::with2(C::VEX_Vmovdqu_ymm_ymmm256, vector, m),
+                10 => Instruction::with3(C::VEX_Vpaddd_ymm_ymm_ymmm256, vector, vector, m),
+                11 => Instruction::with2(C::Cmp_rm8_imm8, m, 0),
+                12 => Instruction::with2(C::Cmp_r64_rm64, gpr64(r), m),
+                13 => Instruction::with2(C::Xor_r32_rm32, narrow, Register::EAX + value as u32),
+                14 => Instruction::with2(C::Imul_r64_rm64, gpr64(r), m),
+                15 => Instruction::with2(C::Lea_r64_m, gpr64(value), m),
+                16 => Instruction::with2(C::Cmove_r64_rm64, gpr64(r), m),
+                17 => Instruction::with2(C::Xchg_rm64_r64, m, gpr64(r)),
+                18 => Instruction::with2(C::Shl_rm64_imm8, gpr64(r), 3),
+                19 => Instruction::with1(C::Div_rm32, m),
+                20 => Instruction::with2(C::Adc_rm64_imm8, gpr64(r), 5),
+                _ => Instruction::with1(C::Inc_rm8, m),
+            };
+            let Ok(i) = i else { continue };
+            self.push(i);
+            if self.rng.percent(15) {
+                let code = self.rng.pick(&[C::Je_rel32_64, C::Jb_rel32_64, C::Js_rel32_64, C::Jne_rel32_64]);
+                out.push(self.sequence.items.len());
+                self.push_to(Instruction::with_branch(code, 0).expect("a branch"), Target::Branch(0));
+            }
+            if self.rng.percent(10) {
+                // An index that may be anything small.
+                self.push(Instruction::with2(C::Movzx_r32_rm8, Register::EAX + index as u32, m).expect("an operand"));
+            }
+            if let Some(&n) = steps.first()
+                && self.rng.percent(50)
+            {
+                steps.remove(0);
+                let by = self.rng.pick(&[1i32, 8, 16, 32, 64, -8, 120]);
+                let code = self.rng.pick(&[C::Add_rm64_imm8, C::Sub_rm64_imm8, C::Add_rm64_imm32]);
+                self.push(Instruction::with2(code, gpr64(n), by).expect("a register and an immediate"));
+            }
+        }
+        let last = self.rng.pick(&[C::Dec_rm64, C::Dec_rm32]);
+        let r = if last == C::Dec_rm64 { gpr64(counter) } else { Register::EAX + counter as u32 };
+        self.push(Instruction::with1(last, r).expect("a register"));
+        self.push_to(Instruction::with_branch(C::Jne_rel32_64, 0).expect("a branch"), Target::Branch(top));
+        let end = self.sequence.items.len();
+        for n in out {
+            if let Some(item) = &mut self.sequence.items[n] {
+                item.target = Target::Branch(end);
+            }
+        }
+        self.groups.push((top - 4, end - 1));
     }
 
     fn forward_branch(&mut self, code: Code) {

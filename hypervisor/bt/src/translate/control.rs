@@ -51,11 +51,16 @@ impl Translator<'_> {
     pub(super) fn emit_polled(&mut self) {
         for (label, target) in std::mem::take(&mut self.polled) {
             self.asm.bind(label);
-            self.asm.mov_rip(H::RCX, target);
-            self.asm.store(M::gs(off::RIP), H::RCX);
-            self.asm.mov_imm(H::R11, crate::dispatch::EXIT_POLL);
-            self.asm.jmp_mem(M::gs(Thunk::Exit.offset()));
+            self.leave_polled(target);
         }
+    }
+
+    /// Comes out because a poll on the way to a RIP found a request.
+    pub(super) fn leave_polled(&mut self, target: u64) {
+        self.asm.mov_rip(H::RCX, target);
+        self.asm.store(M::gs(off::RIP), H::RCX);
+        self.asm.mov_imm(H::R11, crate::dispatch::EXIT_POLL);
+        self.asm.jmp_mem(M::gs(Thunk::Exit.offset()));
     }
 
     /// Whether an exit to `target` may be a patchable jump.
@@ -176,7 +181,10 @@ impl Translator<'_> {
             let stub = self.asm.label();
             let patch = self.asm.jump_patchable(Some(cond ^ 1), stub);
             self.add_exit(next, self.mode, patch, stub);
-            self.exit_to(target, self.mode, backward);
+            match self.plan.take() {
+                Some(plan) => self.emit_rounds(&plan, cond, next),
+                None => self.exit_to(target, self.mode, backward),
+            }
         } else {
             let taken = self.asm.label();
             self.asm.jcc(cond, taken);

@@ -334,7 +334,7 @@ impl Translator<'_> {
 }
 
 /// Gives an instruction the displacement of its operand in host terms.
-fn set_displacement(out: &mut Instruction, m: M) {
+pub(super) fn set_displacement(out: &mut Instruction, m: M) {
     out.set_memory_displacement64(i64::from(m.disp) as u64);
     // Without a base register the encoding has 32 bits and no choice.
     let size = if m.base.is_none() {
@@ -348,7 +348,7 @@ fn set_displacement(out: &mut Instruction, m: M) {
 }
 
 /// Rewrites forms that only 16- and 32-bit modes encode, or that cannot take a register address.
-fn canonical_form(i: &mut Instruction) {
+pub(super) fn canonical_form(i: &mut Instruction) {
     use Code as C;
     let code = match i.code() {
         C::Mov_AL_moffs8 => C::Mov_r8_rm8,
@@ -422,7 +422,7 @@ fn names_spilled(i: &Instruction) -> bool {
 }
 
 /// Whether RCX takes part without being named (or must be CL): (read, written).
-fn implicit_rcx(i: &Instruction) -> (bool, bool) {
+pub(super) fn implicit_rcx(i: &Instruction) -> (bool, bool) {
     use Mnemonic as Mn;
     let last = i.op_count().wrapping_sub(1);
     match i.mnemonic() {
@@ -501,7 +501,7 @@ fn stays_as_it_is(i: &Instruction) -> bool {
 
 /// Whether the host CPU may raise an exception at a copied instruction. Integer instructions on registers cannot, but for
 /// division; operands in memory can be misaligned.
-fn may_fault(i: &Instruction) -> bool {
+pub(super) fn may_fault(i: &Instruction) -> bool {
     unit_of(i.code()) != Unit::Integer
         || matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv)
         || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)

@@ -122,6 +122,16 @@ fn windows_of_one_of_several_vcpus() {
 }
 
 #[test]
+fn rounds_of_a_loop() {
+    // 2: movups xmm2, [r10]; mulps xmm2, xmm1; addps xmm2, [r9]; movups [r9], xmm2; add r10, 16; add r9, 16; cmp r11, r9; jne 2b
+    let code = [
+        0x41, 0x0f, 0x10, 0x12, 0x0f, 0x59, 0xd1, 0x41, 0x0f, 0x58, 0x11, 0x41, 0x0f, 0x11, 0x11, 0x49, 0x83, 0xc2, 16,
+        0x49, 0x83, 0xc1, 16, 0x4d, 0x39, 0xcb, 0x75, 0xe4,
+    ];
+    check_at("window-rounds", Mode(mode(3).0 | Mode::WINDOW), 0x5555_5555_5000, &code);
+}
+
+#[test]
 fn windows_with_the_stack_in_the_high_one() {
     // push rbx; sub rsp, 32; mov rax, [rsp+8]; add [rdi], rax; mov rsp, rbx; mov rcx, [rsp]; add rsp, 40; pop rbx; ret
     let code = [

@@ -205,7 +205,7 @@ impl Translator<'_> {
     }
 
     /// The general registers that an instruction writes, or may write, in whole or in part.
-    fn written(&mut self, i: &Instruction) -> u16 {
+    pub(super) fn written(&mut self, i: &Instruction) -> u16 {
         let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
         let reads = [OpAccess::Read, OpAccess::CondRead, OpAccess::None, OpAccess::NoMemAccess];
         let written = info.used_registers().iter().filter(|r| !reads.contains(&r.access()));
@@ -254,7 +254,7 @@ fn kept(i: &Instruction, set: u16, small: bool) -> u16 {
 
 /// Whether an instruction writes to its first operand, a register, and that register is below 2^32 then, or below 2^16; as sets. `half` and
 /// `word` are the registers that were before.
-fn small_result(i: &Instruction, half: u16, word: u16) -> (u16, u16) {
+pub(super) fn small_result(i: &Instruction, half: u16, word: u16) -> (u16, u16) {
     use Mnemonic as M;
     if i.op_count() == 0 || i.op0_kind() != OpKind::Register {
         return (0, 0);

@@ -280,7 +280,7 @@ impl Translator<'_> {
     }
 
     /// Records an access that begins here; gives its number.
-    fn note_site(&mut self, acc: &Access, op: &MemOp) -> u32 {
+    pub(super) fn note_site(&mut self, acc: &Access, op: &MemOp) -> u32 {
         self.tables.sites.push(Site {
             size: acc.size,
             read: acc.read,
@@ -304,6 +304,12 @@ impl Translator<'_> {
             simd: self.simd,
             ..Site::plain(self.block)
         }
+    }
+
+    /// Records a place with nothing particular about it; gives its number.
+    pub(super) fn note_plain_site(&mut self) -> u32 {
+        self.tables.sites.push(self.plain_site());
+        self.tables.sites.len() as u32 - 1
     }
 
     /// Records a run of pushes or pops through kernel mappings; gives its number.

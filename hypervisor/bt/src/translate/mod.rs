@@ -16,6 +16,7 @@ mod known;
 mod memory;
 mod peek;
 mod privilege;
+mod rounds;
 mod runs;
 mod spilled;
 mod stack;
@@ -111,6 +112,9 @@ pub(crate) struct Translator<'a> {
     landings: Vec<(crate::asm::Label, u64)>,
     slow_strings: Vec<string::SlowString>,
     slow_runs: Vec<runs::SlowRun>,
+    /// How the block's loop is to go on, and what is left to be emitted of that.
+    plan: Option<rounds::Plan>,
+    rounds: Option<rounds::Rounds>,
     /// Where the block's last branch leads that polls, if no flag is live there.
     flags_free_at: Option<u64>,
     /// Polls that found a request: to be emitted, with where they were going.
@@ -204,6 +208,8 @@ impl<'a> Translator<'a> {
             landings: Vec::new(),
             slow_strings: Vec::new(),
             slow_runs: Vec::new(),
+            plan: None,
+            rounds: None,
             flags_free_at: None,
             polled: Vec::new(),
             lookups: Vec::new(),
@@ -221,6 +227,10 @@ impl<'a> Translator<'a> {
             (direct && polls && p.none_live_at(target)).then_some(target)
         });
         let live = flag_liveness(code, peek.as_mut());
+        if !live[0] && code.last().is_some_and(|i| i.near_branch_target() == self.start_rip) {
+            // What is looked at of a loop from its end may be less than the loop.
+            self.flags_free_at = Some(self.start_rip);
+        }
         let mut done = self.emit(code, &live, door);
         done.seen = peek.map_or(0..0, Peek::seen);
         done
@@ -261,6 +271,7 @@ impl<'a> Translator<'a> {
         let mut in_run = 0;
         if self.mode.has(Mode::WINDOW) {
             self.known.count_sums(code);
+            self.plan = self.plan_rounds(code);
         }
         for (n, i) in code.iter().enumerate() {
             if n < in_run {
@@ -317,6 +328,7 @@ impl<'a> Translator<'a> {
         self.emit_slow_runs();
         self.emit_slow_paths();
         self.emit_slow_strings();
+        self.emit_ways_out();
         self.emit_far_sides();
         self.emit_lost_stacks();
         self.emit_polled();

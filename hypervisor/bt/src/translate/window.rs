@@ -173,7 +173,7 @@ impl Translator<'_> {
     }
 
     /// The displacement of a plain operand, one that is made of registers and a constant that windows leave room for.
-    fn plain_displacement(ea: &Ea, pre: Pending) -> Option<i32> {
+    pub(super) fn plain_displacement(ea: &Ea, pre: Pending) -> Option<i32> {
         let disp = i32::try_from(ea.disp).ok().filter(|d| LOW_DISPLACEMENTS.contains(d));
         disp.filter(|_| ea.seg < 4 && matches!(pre, Pending::None))
     }

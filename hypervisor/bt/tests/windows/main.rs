@@ -41,6 +41,7 @@ mod drift;
 mod guest;
 mod kernel;
 mod mapped;
+mod rounds;
 mod shadow;
 mod strings;
 mod wild;
