@@ -38,10 +38,10 @@ const STRIDE: u64 = TIB + 2 * GUARD;
 /// Slots of a vCPU. The place behind them stays empty.
 const SLOTS: usize = 6;
 const LEN: u64 = STRIDE * (SLOTS as u64 + 1);
-/// Where reservations may be: the windows are below, libraries and stacks of this process above. With two vCPUs the windows take the two
-/// in the middle.
-const PLACES: [u64; 4] = [0x5800_0000_0000, 0x6000_0000_0000, 0x6800_0000_0000, 0x7200_0000_0000];
-const _: () = assert!(LEN <= 0x800_0000_0000 && PLACES[3] + LEN < 0x7a00_0000_0000);
+/// Where reservations may be: the windows are below, libraries and stacks of this process above. With two vCPUs the windows take the
+/// last two.
+const PLACES: [u64; 4] = [0x5800_0000_0000, 0x7200_0000_0000, 0x6000_0000_0000, 0x6800_0000_0000];
+const _: () = assert!(LEN <= 0x800_0000_0000 && PLACES[1] + LEN < 0x7a00_0000_0000);
 
 const PAGE: u64 = 4096;
 const UNIT: u64 = 2 << 20;

@@ -227,6 +227,7 @@ impl Engine {
 mod tests {
     use super::*;
     use crate::asm::Asm;
+    use crate::block::FaultKind;
     use crate::engine::WordMap;
     use crate::translate::{Decoded, Hint, Peek, Translator, decode, linux_mode};
     use iced_x86::InstructionInfoFactory;
@@ -277,7 +278,7 @@ mod tests {
         }
     }
 
-    /// The pages of this program's code, which is position-independent.
+    /// The pages of this program's code, which is position-independent, and for each mode one of loops.
     fn pages() -> Vec<Vec<u8>> {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let here = relocate as *const () as u64;
@@ -291,7 +292,13 @@ mod tests {
         let offset = u64::from_str_radix(rest.split_whitespace().nth(1).unwrap(), 16).unwrap();
         let file = std::fs::read("/proc/self/exe").unwrap();
         let text = &file[offset as usize..(offset + end - start).min(file.len() as u64) as usize];
-        text.chunks_exact(4096).step_by(7).take(400).map(<[u8]>::to_vec).collect()
+        // 2: movups xmm2, [r10]; addps xmm2, [r9]; movups [r9], xmm2; add r10, 16; add r9, 16; cmp r11, r9; jb 3f; dec rax; jne 2b; 3:
+        let round = [
+            0x41, 0x0f, 0x10, 0x12, 0x41, 0x0f, 0x58, 0x11, 0x41, 0x0f, 0x11, 0x11, 0x49, 0x83, 0xc2, 16, 0x49, 0x83,
+            0xc1, 16, 0x4d, 0x39, 0xcb, 0x72, 5, 0x48, 0xff, 0xc8, 0x75, 0xe2,
+        ];
+        let loops = std::iter::repeat_n(round.repeat(4096 / round.len()), 4);
+        loops.chain(text.chunks_exact(4096).step_by(7).take(400).map(<[u8]>::to_vec)).collect()
     }
 
     /// A copy is byte for byte what a translation would have been, and so are its exits and its records.
@@ -301,7 +308,7 @@ mod tests {
         let windowed = Mode(linux_mode(3).0 | Mode::WINDOW);
         let modes = [linux_mode(3), windowed, Mode(windowed.0 | Mode::STACKED), Mode(windowed.0 | Mode::MIXED)];
         let mut maker = Maker { asm: Asm::new(), info: InstructionInfoFactory::new(), tables: Tables::default() };
-        let (mut blocks, mut copies, mut numbered) = (0, 0, 0);
+        let (mut blocks, mut copies, mut numbered, mut rounds) = (0, 0, 0, 0);
         for (n, page) in pages().into_iter().enumerate() {
             let mode = modes[n % modes.len()];
             let mut offset = 0;
@@ -328,6 +335,7 @@ mod tests {
                 let t = &maker.tables;
                 let faults: Vec<_> = t.faults[a.faults.clone()].iter().map(|f| f.renumbered(by.sites)).collect();
                 assert_eq!(faults, t.faults[b.faults.clone()]);
+                rounds += faults.iter().filter(|f| matches!(f.kind(to), FaultKind::Round { .. })).count();
                 numbered += usize::from(relocs.iter().any(|r| matches!(r, Reloc::Site(_)))) * faults.len();
                 for k in a.first.callouts..a.first.callouts + by.callouts {
                     let (old, new) = (&t.callouts[k as usize], &t.callouts[(k + by.callouts) as usize]);
@@ -336,6 +344,7 @@ mod tests {
             }
         }
         assert!(blocks > 5_000 && copies * 100 > blocks * 98 && numbered > 10_000, "{copies} of {blocks}, {numbered}");
+        assert!(rounds > 500, "{rounds}");
     }
 
     #[test]

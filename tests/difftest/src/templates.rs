@@ -294,7 +294,7 @@ impl Builder {
         if self.reserved != 0 {
             return;
         }
-        let mut free: Vec<usize> = (0..16).filter(|&n| n != 4 && n != 1).collect();
+        let mut free: Vec<usize> = (0..16).filter(|&n| n != 4).collect();
         let mut take = |b: &mut Self| free.swap_remove(b.rng.index(free.len()));
         let (counter, base, other, index, value) = (take(self), take(self), take(self), take(self), take(self));
         let turns = 1 + self.rng.below(60);
@@ -327,7 +327,7 @@ impl Builder {
             let r = if [counter, base, other, index].contains(&r) { value } else { r };
             let (x, y) = (Register::XMM0 + self.rng.below(6) as u32, Register::XMM0 + self.rng.below(6) as u32);
             let (narrow, vector) = (Register::EAX + r as u32, Register::YMM0 + self.rng.below(6) as u32);
-            let i = match self.rng.below(22) {
+            let i = match self.rng.below(24) {
                 0 => Instruction::with2(C::Mov_r64_rm64, gpr64(r), m),
                 1 => Instruction::with2(C::Mov_rm64_r64, m, gpr64(r)),
                 2 => Instruction::with2(C::Add_r64_rm64, gpr64(r), m),
@@ -349,6 +349,8 @@ impl Builder {
                 18 => Instruction::with2(C::Shl_rm64_imm8, gpr64(r), 3),
                 19 => Instruction::with1(C::Div_rm32, m),
                 20 => Instruction::with2(C::Adc_rm64_imm8, gpr64(r), 5),
+                21 => Instruction::with2(C::Lea_r64_m, gpr64(value), MemoryOperand::with_displ(0x8000_0000, 4)),
+                22 => Instruction::with2(C::Mov_r16_imm16, Register::AX + index as u32, 40),
                 _ => Instruction::with1(C::Inc_rm8, m),
             };
             let Ok(i) = i else { continue };

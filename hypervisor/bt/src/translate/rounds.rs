@@ -177,6 +177,8 @@ impl Translator<'_> {
             Class::Nop => return Some(0),
             // A way around a part of the loop is as likely as the way through it.
             Class::Jcc => return (!in_loop(i.near_branch_target())).then_some(0),
+            // A constant, which is not always the one that the operand's 32 bits are.
+            Class::Lea if i.memory_base() == Register::None && i.memory_index() == Register::None => return None,
             Class::Lea if i.is_ip_rel_memory_operand() => return None,
             Class::Lea => {}
             Class::Copy(Unit::Integer | Unit::Sse | Unit::Avx) if self.unit_enabled(unit_of(i.code())).is_none() => {}
@@ -343,8 +345,10 @@ impl Translator<'_> {
             }
             None => None,
         };
-        if let Err(e) = self.asm.guest(&out) {
-            self.encode_failed(i, &e);
+        if self.asm.guest(&out).is_err() {
+            // As the first copy says, which raises #UD.
+            self.asm.jmp(way);
+            return found.or_else(|| Some((way, Way::Faulted { site: self.note_plain_site(), rip })));
         }
         found
     }

@@ -70,12 +70,12 @@ const LAYOUTS: [Layout; 3] = [
     Layout { windows: &PARTS, reserved: &[(0x1400_0000_0000, 0x5540_0000_0000)] },
 ];
 
-/// The layout for a machine with so many vCPUs.
-const fn layout(cpus: u32) -> usize {
+/// The layouts for a machine with so many vCPUs, the best one first.
+const fn layouts(cpus: u32) -> &'static [usize] {
     match cpus {
-        0 | 1 => 0,
-        2 => 1,
-        _ => 2,
+        0 | 1 => &[0],
+        2 => &[1, 2],
+        _ => &[2],
     }
 }
 
@@ -99,7 +99,7 @@ impl High {
     /// The window of one of so many vCPUs, for tests.
     #[cfg(test)]
     pub(crate) fn one_of(cpus: u32) -> Self {
-        LAYOUTS[layout(cpus)].windows[usize::from(cpus > 1)]
+        LAYOUTS[layouts(cpus)[0]].windows[usize::from(cpus > 1)]
     }
 
     /// Whether all that emitted code may touch by this window lies in what is reserved, and outside of what `other` maps.
@@ -180,18 +180,17 @@ impl Held {
     /// cannot be had.
     pub(super) fn new(cpus: u32) -> Option<Self> {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-        let mine = layout(cpus);
-        if taken.1 == 0 {
-            // Emitted code checks several bits with ANDN, and stack pointers for other bits than 46.
-            if cpus > 1 && !std::arch::is_x86_feature_detected!("bmi1") || !reserve(&LAYOUTS[mine]) {
-                return None;
-            }
-            taken.0 = mine;
-        }
-        if taken.0 != mine {
+        // Emitted code checks several bits with ANDN, and stack pointers for other bits than 46.
+        if cpus > 1 && !std::arch::is_x86_feature_detected!("bmi1") {
             return None;
         }
-        let windows = LAYOUTS[mine].windows;
+        let mut good = layouts(cpus).iter().copied();
+        if taken.1 == 0 {
+            taken.0 = good.find(|&l| reserve(&LAYOUTS[l]))?;
+        } else if !good.any(|l| l == taken.0) {
+            return None;
+        }
+        let windows = LAYOUTS[taken.0].windows;
         let n = (0..windows.len()).find(|n| taken.1 >> n & 1 == 0)?;
         taken.1 |= 1 << n;
         Some(Self { bit: 1 << n, window: windows[n] })
