@@ -373,17 +373,22 @@ impl Translator<'_> {
             }
             self.asm.bind(s.slow);
             self.tables.sites[s.site as usize].slow = self.asm.pos();
-            self.emit_ea(&s.ea, true);
-            self.emit_pending(s.pre, s.ea.bits);
-            self.asm.mov_site(s.site);
-            self.asm.call_gs(Thunk::Mem.offset());
-            // It comes back here only with the bounce buffer in RCX; after a fill the access starts over in line.
-            self.emit_op(&s.op, Loc::Rcx);
-            if s.write {
-                self.asm.mov_site(s.site);
-                self.asm.call_gs(Thunk::Commit.offset());
-            }
+            self.access_by_rust(&s.ea, s.pre, s.site, &s.op, s.write);
             self.back_in_line(&s);
+        }
+    }
+
+    /// Has Rust see to an access, which starts over at its retry address then; goes on behind this if it was made on the bounce buffer instead.
+    pub(super) fn access_by_rust(&mut self, ea: &Ea, pre: Pending, site: u32, op: &MemOp, write: bool) {
+        self.emit_ea(ea, true);
+        self.emit_pending(pre, ea.bits);
+        self.asm.mov_site(site);
+        self.asm.call_gs(Thunk::Mem.offset());
+        // It comes back here only with the bounce buffer in RCX.
+        self.emit_op(op, Loc::Rcx);
+        if write {
+            self.asm.mov_site(site);
+            self.asm.call_gs(Thunk::Commit.offset());
         }
     }
 

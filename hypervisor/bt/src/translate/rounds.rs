@@ -15,13 +15,13 @@
 use super::classify::{Class, Unit, classify, unit_of};
 use super::copy::{canonical_form, implicit_rcx, may_fault, set_displacement};
 use super::known::small_result;
-use super::memory::{Access, Ea, Loc, MemOp};
+use super::memory::{Access, Ea, MemOp};
 use super::window::{Region, Subject};
 use super::{Pending, Translator};
 use crate::asm::{Base, H, Label, M, cc};
 use crate::block::{FaultKind, Mode};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
-use crate::state::{Thunk, off};
+use crate::state::off;
 use crate::window::LOW_SHIFT;
 use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
 
@@ -387,15 +387,7 @@ impl Translator<'_> {
                 Way::Missed { site, access, op, rip, next } => {
                     self.tables.sites[site as usize].slow = at;
                     (self.cur_rip, self.cur_next) = (rip, next);
-                    self.emit_ea(&access.ea, true);
-                    self.asm.mov_site(site);
-                    self.asm.call_gs(Thunk::Mem.offset());
-                    // As in other slow paths, it comes back here with the bounce buffer, and otherwise to where the access starts over.
-                    self.emit_op(&op, Loc::Rcx);
-                    if access.write {
-                        self.asm.mov_site(site);
-                        self.asm.call_gs(Thunk::Commit.offset());
-                    }
+                    self.access_by_rust(&access.ea, Pending::None, site, &op, access.write);
                     self.leave_for(next);
                     self.tables.sites[site as usize].retry = self.asm.pos();
                     self.leave_for(rip);
