@@ -259,6 +259,8 @@ fn evex(st: &CpuState, i: &Instruction) -> Option<MaskedAccess> {
     let element = match i.mnemonic() {
         M::Vpmuldq | M::Vpmuludq => 8,
         M::Vpdpbusd | M::Vpdpbusds | M::Vpdpwssd | M::Vpdpwssds => 4,
+        // A complex number of two halves.
+        M::Vfmulcsh | M::Vfcmulcsh | M::Vfmaddcsh | M::Vfcmaddcsh => 4,
         _ => info.element_size(),
     }
     .clamp(1, size.max(1));
