@@ -267,7 +267,7 @@ pub(crate) struct Site {
     pub(crate) block: BlockId,
     /// Distance of the instruction from the block's first one.
     pub(crate) delta: u32,
-    /// Where the access starts over once the soft TLB has its page: an offset in the block's hot part.
+    /// Where the access starts over once the soft TLB has its page: an offset in the block as it was assembled.
     pub(crate) retry: u32,
     /// The guest register that R11 has to hold there.
     pub(crate) shadow: Option<u8>,

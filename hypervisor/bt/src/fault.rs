@@ -196,7 +196,7 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             let b = &e.tables.blocks[s.block as usize];
             if matches!(trap, 13 | 14) {
                 // The page is not in the window yet, or never can be: the access's own slow path knows what to do.
-                regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
+                regs[libc::REG_RIP as usize] = slow_path(e, site);
                 return true;
             }
             st.cpu.rip = b.key.rip.wrapping_add(u64::from(s.delta));
@@ -212,14 +212,11 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
             let left = regs[greg(H::GUEST_RCX)].wrapping_add(regs[libc::REG_RCX as usize]);
             regs[greg(H::GUEST_RCX)] = left;
             e.string_fault = true;
-            let b = &e.tables.blocks[s.block as usize];
-            regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
+            regs[libc::REG_RIP as usize] = slow_path(e, site);
             return true;
         }
         FaultKind::Round { site } => {
-            let s = &e.tables.sites[site as usize];
-            let b = &e.tables.blocks[s.block as usize];
-            regs[libc::REG_RIP as usize] = e.code.address(b.placed.offset(s.slow)) as i64;
+            regs[libc::REG_RIP as usize] = slow_path(e, site);
             return true;
         }
         FaultKind::Poll { rip } => {
@@ -239,6 +236,12 @@ unsafe fn redirect(e: &mut Engine, ctx: &mut libc::ucontext_t) -> bool {
     }
     regs[libc::REG_RIP as usize] = crate::thunks::fault as *const () as i64;
     true
+}
+
+/// Where the slow path of a site begins.
+fn slow_path(e: &Engine, site: u32) -> i64 {
+    let s = &e.tables.sites[site as usize];
+    e.code.address(e.tables.blocks[s.block as usize].placed.offset(s.slow)) as i64
 }
 
 /// Index of a host register in a machine context.

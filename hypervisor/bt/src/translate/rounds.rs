@@ -14,7 +14,7 @@
 
 use super::classify::{Class, Unit, classify, unit_of};
 use super::copy::{canonical_form, implicit_rcx, may_fault, set_displacement};
-use super::known::small_result;
+use super::known::{RSP, small_result};
 use super::memory::{Access, Ea, MemOp};
 use super::window::{Region, Subject};
 use super::{Pending, Translator};
@@ -23,7 +23,7 @@ use crate::block::{FaultKind, Mode};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::off;
 use crate::window::LOW_SHIFT;
-use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpKind, Register};
 
 /// Guest instructions of a loop at most.
 const LONGEST: usize = 40;
@@ -212,19 +212,9 @@ impl Translator<'_> {
         if info.used_memory().len() != memory && class != Class::Lea {
             return None;
         }
-        let mut writes = 0;
-        for r in info.used_registers() {
-            let Some((g, _)) = gpr_of(r.register()) else { continue };
-            *used |= 1 << g;
-            let reads = [OpAccess::Read, OpAccess::CondRead, OpAccess::None, OpAccess::NoMemAccess];
-            if !reads.contains(&r.access()) {
-                writes |= 1 << g;
-            }
-        }
-        if writes & super::known::RSP != 0 {
-            return None;
-        }
-        Some(writes)
+        let named = info.used_registers().iter().filter_map(|r| gpr_of(r.register()));
+        *used = named.fold(*used, |set, (g, _)| set | 1 << g);
+        Some(self.written(i)).filter(|writes| writes & RSP == 0)
     }
 
     /// What an access needs checked on the way in, if the rounds can do without checks then. `small` are the registers below 2^32 there.
