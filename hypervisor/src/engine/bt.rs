@@ -8,8 +8,10 @@ use paravane_cpu::snapshot::VcpuSnapshot;
 use paravane_cpu::{Bus, CpuState, VcpuExit};
 use std::sync::Arc;
 
-/// Bound of a vCPU's translation cache.
-const CACHE_BYTES: usize = 128 << 20;
+/// Bound of a vCPU's translation cache. What boot, a shell and ten programs run does not fit into 128 MiB; memory is taken as it is used.
+fn cache_bytes(cpus: u32) -> usize {
+    ((512 << 20) / cpus.max(1) as usize).clamp(128 << 20, 256 << 20)
+}
 
 pub(super) struct BtEngine(BtVcpu);
 
@@ -27,7 +29,7 @@ impl Kick for Kicker {
 impl BtEngine {
     pub(super) fn new(id: u32, mem: GuestRam, bus: Arc<dyn Bus>, info: &MachineInfo) -> Result<Self, EngineError> {
         let cfg = BtConfig {
-            cache_bytes: CACHE_BYTES,
+            cache_bytes: cache_bytes(info.cpus),
             cpus: info.cpus,
             tsc_khz: info.tsc_khz,
             apic_hz: info.apic_hz,
