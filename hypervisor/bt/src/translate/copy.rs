@@ -235,10 +235,7 @@ impl Translator<'_> {
                     out.set_op_register(n, host_name(host, w));
                 }
                 OpKind::Memory => {
-                    out.set_memory_base(mem.base.map_or(Register::None, |b| host_name(b, Width::B64)));
-                    out.set_memory_index(mem.index.map_or(Register::None, |(x, _)| host_name(x, Width::B64)));
-                    out.set_memory_index_scale(mem.index.map_or(1, |(_, s)| 1 << s));
-                    set_displacement(&mut out, mem);
+                    set_operand(&mut out, mem);
                 }
                 _ => {}
             }
@@ -317,9 +314,7 @@ impl Translator<'_> {
         self.asm.pext(H::RCX, src, M::gs(mask));
         let mut out = *i;
         out.set_op1_register(host_name(H::RCX, w));
-        out.set_memory_base(Register::R11);
-        out.set_memory_index(Register::None);
-        set_displacement(&mut out, m);
+        set_operand(&mut out, m);
         out.set_segment_prefix(m.seg.register());
         let at = self.asm.pos();
         if let Err(e) = self.asm.guest(&out) {
@@ -333,8 +328,11 @@ impl Translator<'_> {
     }
 }
 
-/// Gives an instruction the displacement of its operand in host terms.
-pub(super) fn set_displacement(out: &mut Instruction, m: M) {
+/// Gives an instruction its operand in host terms, but for the segment.
+pub(super) fn set_operand(out: &mut Instruction, m: M) {
+    out.set_memory_base(m.base.map_or(Register::None, |b| host_name(b, Width::B64)));
+    out.set_memory_index(m.index.map_or(Register::None, |(x, _)| host_name(x, Width::B64)));
+    out.set_memory_index_scale(m.index.map_or(1, |(_, s)| 1 << s));
     out.set_memory_displacement64(i64::from(m.disp) as u64);
     // Without a base register the encoding has 32 bits and no choice.
     let size = if m.base.is_none() {

@@ -218,6 +218,25 @@ fn named(i: &Instruction, n: u32) -> Option<usize> {
     (i.op_kind(n) == OpKind::Register).then(|| gpr_of(i.op_register(n))).flatten().map(|r| r.0)
 }
 
+/// The constant that an instruction adds to a register that it writes, if that is all it does to it.
+pub(super) fn constant_added(i: &Instruction, g: usize) -> Option<i64> {
+    let named = i.op0_kind() == OpKind::Register && gpr_of(i.op0_register()) == Some((g, Width::B64));
+    if !named {
+        return None;
+    }
+    match i.code() {
+        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => Some(i.immediate(1) as i64),
+        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => Some(-(i.immediate(1) as i64)),
+        Code::Inc_rm64 => Some(1),
+        Code::Dec_rm64 => Some(-1),
+        Code::Lea_r64_m => {
+            let itself = gpr_of(i.memory_base()) == Some((g, Width::B64)) && i.memory_index() == Register::None;
+            itself.then(|| i.memory_displacement64() as i64)
+        }
+        _ => None,
+    }
+}
+
 /// Registers that an instruction writes and that are checked nevertheless, of a set: those that move by a constant, which
 /// must be `small` in the low window, and copies.
 fn kept(i: &Instruction, set: u16, small: bool) -> u16 {

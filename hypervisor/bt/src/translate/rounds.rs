@@ -13,8 +13,8 @@
 //! more than one, a fault finds the guest as it was in front of it.
 
 use super::classify::{Class, Unit, classify, unit_of};
-use super::copy::{canonical_form, implicit_rcx, may_fault, set_displacement};
-use super::known::{RSP, small_result};
+use super::copy::{canonical_form, implicit_rcx, may_fault, set_operand};
+use super::known::{RSP, constant_added, small_result};
 use super::memory::{Access, Ea, MemOp};
 use super::window::{Region, Subject};
 use super::{Pending, Translator};
@@ -23,7 +23,7 @@ use crate::block::{FaultKind, Mode};
 use crate::regs::{Home, Width, gpr_of, home, host_name};
 use crate::state::off;
 use crate::window::LOW_SHIFT;
-use iced_x86::{Code, Instruction, InstructionInfoOptions, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, InstructionInfoOptions, OpKind, Register};
 
 /// Guest instructions of a loop at most.
 const LONGEST: usize = 40;
@@ -38,8 +38,8 @@ const LENDERS: [usize; 11] = [15, 14, 13, 12, 8, 3, 5, 7, 6, 2, 0];
 /// What a loop does to a guest register in a round.
 #[derive(Clone, Copy)]
 enum Change {
-    /// Adds constants: their sum, and the sum of what they are without their signs.
-    Moves(i64, i64),
+    /// Adds constants: by so much at most, one way or the other.
+    Moves(i64),
     /// Anything.
     Any,
 }
@@ -99,11 +99,11 @@ impl Plan {
     }
 
     /// A memory operand in host terms.
-    fn operand(&self, i: &Instruction, ea: &Ea) -> M {
+    fn operand(&self, ea: &Ea) -> M {
         M {
             base: ea.base.map(|b| self.host(b)),
             index: ea.index.map(|(x, s)| (self.host(x), s)),
-            disp: i.memory_displacement64() as i32,
+            disp: ea.disp as i32,
             seg: Base::Host,
         }
     }
@@ -127,15 +127,14 @@ impl Translator<'_> {
         if !fit || !itself || self.flags_free_at != Some(self.start_rip) || body.is_empty() || code.len() > LONGEST {
             return None;
         }
-        let mut change = [Change::Moves(0, 0); 16];
+        let mut change = [Change::Moves(0); 16];
         let mut used = 0u16;
-        let mut written = 0u16;
-        for i in body {
-            let writes = self.fits_rounds(i, last.ip(), &mut used)?;
-            written |= writes;
-            for (g, change) in change.iter_mut().enumerate().filter(|(g, _)| writes >> g & 1 != 0) {
+        let writes: Option<Vec<u16>> = body.iter().map(|i| self.fits_rounds(i, last.ip(), &mut used)).collect();
+        let writes = writes?;
+        for (i, set) in body.iter().zip(&writes) {
+            for (g, change) in change.iter_mut().enumerate().filter(|(g, _)| set >> g & 1 != 0) {
                 *change = match (*change, constant_added(i, g)) {
-                    (Change::Moves(sum, all), Some(c)) => Change::Moves(sum + c, all + c.abs()),
+                    (Change::Moves(far), Some(c)) => Change::Moves(far + c.abs()),
                     _ => Change::Any,
                 };
             }
@@ -143,7 +142,7 @@ impl Translator<'_> {
         let mut sums = Vec::new();
         let mut accesses = 0;
         let mut small = 0;
-        for i in body {
+        for (i, set) in body.iter().zip(&writes) {
             if has_memory(i) && matches!(classify(i.code()), Class::Copy(_)) {
                 accesses += 1;
                 let sum = self.sum_of(i, &change, small)?;
@@ -151,8 +150,7 @@ impl Translator<'_> {
                     sums.push(sum);
                 }
             }
-            let writes = self.written(i);
-            small = small & !writes | small_result(i, small, 0).0;
+            small = small & !set | small_result(i, small, 0).0;
         }
         let spilled: Vec<usize> = (9..=11).filter(|g| used >> g & 1 != 0).collect();
         if accesses > MOST_ACCESSES || (accesses == 0 && spilled.is_empty()) {
@@ -164,7 +162,8 @@ impl Translator<'_> {
         let mut renamed = Vec::new();
         for guest in spilled {
             let (host, instead_of) = hosts.next()?;
-            renamed.push(Renamed { guest, host, instead_of, written: written >> guest & 1 != 0 });
+            let written = writes.iter().any(|set| set >> guest & 1 != 0);
+            renamed.push(Renamed { guest, host, instead_of, written });
         }
         Some(Plan { code: code.to_vec(), sums, renamed })
     }
@@ -226,14 +225,14 @@ impl Translator<'_> {
         if access.masked {
             return None;
         }
-        let Change::Moves(moved, far) = change[base] else { return None };
+        let Change::Moves(far) = change[base] else { return None };
         let at = |g: usize| self.known.gpr[g];
         let (index, far) = match ea.index {
             None => (None, far),
             Some((x, s)) => match change[x] {
-                Change::Moves(_, by) => (Some((x, s)), far + (by << s)),
+                Change::Moves(by) => (Some((x, s)), far + (by << s)),
                 // Wherever that leads to is next to the base, which stays.
-                Change::Any if moved == 0 && far == 0 && small >> x & 1 != 0 => (None, 0),
+                Change::Any if far == 0 && small >> x & 1 != 0 => (None, 0),
                 Change::Any => return None,
             },
         };
@@ -304,15 +303,13 @@ impl Translator<'_> {
                 }
                 OpKind::Memory => {
                     let ea = Ea::of(&guest, self.mode);
-                    let mut m = plan.operand(&guest, &ea);
+                    let mut m = plan.operand(&ea);
                     if classify(i.code()) != Class::Lea {
                         access = Some(self.access_of(&guest, true));
                         // Planned, so the region is known.
                         m = plan.region(&ea).unwrap_or(Region::High).operand(m);
                     }
-                    out.set_memory_base(m.base.map_or(Register::None, |b| host_name(b, Width::B64)));
-                    out.set_memory_index(m.index.map_or(Register::None, |(x, _)| host_name(x, Width::B64)));
-                    set_displacement(&mut out, m);
+                    set_operand(&mut out, m);
                     out.set_segment_prefix(m.seg.register());
                 }
                 _ => {}
@@ -393,23 +390,4 @@ impl Translator<'_> {
 
 fn has_memory(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
-}
-
-/// The constant that an instruction adds to a register that it writes, if that is all it does to it.
-fn constant_added(i: &Instruction, g: usize) -> Option<i64> {
-    let named = i.op0_kind() == OpKind::Register && gpr_of(i.op0_register()) == Some((g, Width::B64));
-    if !named {
-        return None;
-    }
-    match i.code() {
-        Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => Some(i.immediate(1) as i64),
-        Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => Some(-(i.immediate(1) as i64)),
-        Code::Inc_rm64 => Some(1),
-        Code::Dec_rm64 => Some(-1),
-        Code::Lea_r64_m if i.mnemonic() == Mnemonic::Lea => {
-            let itself = gpr_of(i.memory_base()) == Some((g, Width::B64)) && i.memory_index() == Register::None;
-            itself.then(|| i.memory_displacement64() as i64)
-        }
-        _ => None,
-    }
 }

@@ -6,6 +6,7 @@
 
 use super::Translator;
 use super::classify::{Class, Unit, classify};
+use super::known::constant_added;
 use super::memory::Ea;
 use super::window::{Region, Subject};
 use crate::asm::{H, Label, M};
@@ -53,17 +54,16 @@ impl Translator<'_> {
         let names = |n: u32| i.op_count() > n && i.op_kind(n) == OpKind::Register && i.op_register(n) == Register::RSP;
         let by = |d: i64| if near(d) { Change::Step } else { Change::Jump };
         let high = |r: Register| r.is_gpr64() && gpr_of(r).is_some_and(|(g, _)| self.known.is_high(g));
+        if let Some(d) = constant_added(i, 4) {
+            return Some(by(d));
+        }
         Some(match i.code() {
             // Their own access is by RSP, and moves it by a slot.
             _ if classify(i.code()) == Class::Push => return None,
             _ if classify(i.code()) == Class::Pop && !writes_operand(i) => return None,
             Code::Leaveq if high(Register::RBP) => Change::Jump,
-            Code::Add_rm64_imm8 | Code::Sub_rm64_imm8 | Code::Add_rm64_imm32 | Code::Sub_rm64_imm32 if names(0) => {
-                by(i.immediate(1) as i64)
-            }
             Code::And_rm64_imm8 if names(0) && (i.immediate(1) as i64) < 0 => Change::Step,
             Code::Lea_r64_m if i.memory_index() == Register::None && names(0) => match i.memory_base() {
-                Register::RSP => by(i.memory_displacement64() as i64),
                 r if high(r) => Change::Jump,
                 _ => Change::Any,
             },

@@ -58,6 +58,9 @@ const fn part(quarters: u64) -> High {
     High { mask: 1 << 46 | 1 << 44 | 1 << 42, distance: WHOLE.distance + quarters * (TIB / 4), mapped: PLACES }
 }
 
+/// Where [`WHOLE`] and [`PARTS`] are.
+const BELOW: &[(u64, u64)] = &[(0x1400_0000_0000, 0x5540_0000_0000)];
+
 /// Windows that there may be beside each other, and the host addresses reserved for them: all that they may touch.
 struct Layout {
     windows: &'static [High],
@@ -65,9 +68,9 @@ struct Layout {
 }
 
 const LAYOUTS: [Layout; 3] = [
-    Layout { windows: &[WHOLE], reserved: &[(0x1400_0000_0000, 0x5540_0000_0000)] },
+    Layout { windows: &[WHOLE], reserved: BELOW },
     Layout { windows: &PAIR, reserved: &[(0x0040_0000_0000, 0x5540_0000_0000), (0x6080_0000_0000, 0x7180_0000_0000)] },
-    Layout { windows: &PARTS, reserved: &[(0x1400_0000_0000, 0x5540_0000_0000)] },
+    Layout { windows: &PARTS, reserved: BELOW },
 ];
 
 /// The layouts for a machine with so many vCPUs, the best one first.
